@@ -1,0 +1,27 @@
+"""Matrix products whose operands are of 16 bits and whose accumulator is not."""
+
+import torch
+from torch import Tensor
+
+# PyTorch >= 2.8 hands cuBLAS a float32 output for 16-bit operands, on CUDA only.
+_WIDE_OUTPUT = hasattr(torch.ops.aten.addmm, "dtype_out")
+
+
+def mm(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+    """out (R, C) = a (R, K) @ b (K, C). `out` may be wider than a and b: float32 for 16-bit operands."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif out.is_cuda and _WIDE_OUTPUT:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+
+
+def addmm_(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    """acc (R, C) += a (R, K) @ b (K, C), accumulated in the dtype of acc whatever that of a and b."""
+    if a.dtype == acc.dtype:
+        acc.addmm_(a, b)
+    elif acc.is_cuda and _WIDE_OUTPUT:
+        torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)
+    else:
+        acc.addmm_(a.to(acc.dtype), b.to(acc.dtype))

@@ -1,0 +1,101 @@
+"""Arguments of the public functions: each error names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def embeddings(**named: Tensor) -> None:
+    """Matrices (rows, D) of one floating dtype on one device."""
+    first_name, first = next(iter(named.items()))
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != 2:
+            raise ValueError(f"{name} must have shape (rows, D), got {tuple(x.shape)}")
+        if x.dtype not in _DTYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
+        if x.shape[0] == 0 or x.shape[1] == 0:
+            raise ValueError(f"{name} must have at least one row and one column, got N = 0 in {tuple(x.shape)}")
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}")
+        if x.device != first.device:
+            raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {x.device}")
+        if x.shape[1] != first.shape[1]:
+            raise ValueError(f"{name} must have the D of {first_name}, {first.shape[1]}, got {x.shape[1]}")
+
+
+def same_rows(first_name: str, first: Tensor, name: str, x: Tensor, why: str) -> None:
+    if len(first) != len(x):
+        raise ValueError(f"{name} must have the {len(first)} rows of {first_name}, got {len(x)}: {why}")
+
+
+def scalar(name: str, value: float | Tensor, x: Tensor, *, positive: bool = False) -> Tensor:
+    """A number or a one-element real tensor, as a tensor on the device of x that passes gradients on."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} must have one element, got shape {tuple(value.shape)}")
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
+        return value.reshape(()).to(x.device)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a float or a one-element tensor, got {type(value).__name__}")
+    if positive and not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+    return torch.full((), float(value), dtype=torch.float64, device=x.device)
+
+
+def logit_scale(x: Tensor, *, temperature: float | Tensor | None, logit_scale: float | Tensor | None) -> Tensor:
+    """The one of the two that was given, as logit_scale = 1 / temperature."""
+    if (temperature is None) == (logit_scale is None):
+        raise ValueError(
+            f"exactly one of temperature and logit_scale must be given, got temperature={temperature!r} and "
+            f"logit_scale={logit_scale!r}"
+        )
+    if temperature is None:
+        return scalar("logit_scale", logit_scale, x)
+    return wide(scalar("temperature", temperature, x, positive=True), x).reciprocal()
+
+
+def wide(value: Tensor, x: Tensor) -> Tensor:
+    """In the dtype of the statistics of x: float64 for float64 embeddings, else float32."""
+    return value.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def vector(name: str, value: Tensor | None, rows: int, x: Tensor) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.shape != (rows,):
+        raise ValueError(f"{name} must have shape ({rows},), got {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {value.device}")
+
+
+def labels(value: Tensor, rows: int, z: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, got {type(value).__name__}")
+    if value.shape != (rows,):
+        raise ValueError(f"labels must have shape ({rows},), one for each row of z, got {tuple(value.shape)}")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {value.dtype}")
+    if value.device != z.device:
+        raise ValueError(f"labels must be on the device of z, {z.device}, got {value.device}")
+
+
+def one_of(name: str, value: str, allowed: tuple) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def no_group(group: object) -> None:
+    if group is not None:
+        raise NotImplementedError("group: negatives across ranks are not available yet; got a process group")

@@ -1,0 +1,238 @@
+"""The two reductions over all pairs as differentiable functions.
+
+    log_sum_exp    row_lse, col_lse over the negatives; the logit of the positives; their spread     (softmax family)
+    softplus_sum   sum_j softplus(s_ij) over the negatives + softplus(-s_ii)                         (sigmoid family)
+
+Every loss is arithmetic on the vectors that these return. A loss near convergence is a small difference of large numbers
+unless it is written as softplus(negatives - positive): that is why negatives and positives come apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashcl.engine import ops
+from flashcl.engine.positives import Partner, SameLabel
+from flashcl.engine.problem import Problem, Sigmoid, Softmax
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Which pairs count, and as what. Without partner and labels no pair is a positive."""
+
+    program: str = "all"
+    rows: tuple[Tensor, ...] = ()  # (N,) each
+    cols: tuple[Tensor, ...] = ()  # (M,) each
+    partner: Tensor | None = None  # (N,) int64: the one positive of each row, which the program drops
+    labels: Tensor | None = None  # (N,) int64: rows of one label are positives; program "by_label", S symmetric
+
+    def positives(self) -> Partner | SameLabel | None:
+        if self.labels is not None:
+            return SameLabel.of(self.labels)
+        return None if self.partner is None else Partner(self.partner)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What log_sum_exp returns, float32 (float64 for float64 embeddings), each differentiable."""
+
+    row_neg: Tensor  # (N,) log sum_j exp(s_ij) over the negatives of row i; -inf without any
+    col_neg: Tensor | None  # (M,) the same over columns; None if not asked for, and of a symmetric S: it is row_neg
+    row_pos: Tensor | None  # (N,) log sum_j exp(s_ij) over the positives of row i; -inf without any
+    row_gap: Tensor | None  # (N,) row_pos_i - mean of the positive logits, >= log |P(i)|; None with one positive a row
+
+
+def log_sum_exp(
+    x: Tensor,  # (N, D)
+    y: Tensor | None,  # (M, D); None: S = logit_scale x x^T is symmetric, and half of it is computed
+    logit_scale: Tensor,  # one element
+    row_bias: Tensor | None,  # (N,)
+    col_bias: Tensor | None,  # (M,)
+    pairs: Pairs,
+    *,
+    need_cols: bool,
+    backend: str,
+) -> Statistics:
+    row, col, pos, gap = _LogSumExp.apply(
+        x, y, *_statistic_dtype(x, logit_scale, row_bias, col_bias), pairs, need_cols, backend
+    )
+    has_cols = need_cols and y is not None
+    return Statistics(
+        row,
+        col if has_cols else None,
+        pos if pairs.partner is not None or pairs.labels is not None else None,
+        gap if pairs.labels is not None else None,
+    )
+
+
+def softplus_sum(
+    x: Tensor,  # (N, D)
+    y: Tensor,  # (M, D)
+    logit_scale: Tensor,  # one element
+    row_bias: Tensor | None,  # (N,)
+    pairs: Pairs,
+    *,
+    per_row: bool,
+    backend: str,
+) -> Tensor:
+    """(N,) or, not per_row, their sum: then gradients are made in the forward sweep, and backward only scales them."""
+    logit_scale, row_bias, _ = _statistic_dtype(x, logit_scale, row_bias, None)
+    return _SoftplusSum.apply(x, y, logit_scale, row_bias, pairs, per_row, backend)
+
+
+def _statistic_dtype(x: Tensor, logit_scale: Tensor, *biases: Tensor | None) -> list[Tensor | None]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return [logit_scale.to(x.device, dtype).reshape(1), *(None if b is None else b.to(dtype) for b in biases)]
+
+
+def _problem(x, y, logit_scale, row_bias, col_bias, pairs: Pairs) -> Problem:
+    return Problem.of(x, y, logit_scale, row_bias, col_bias, pairs.program, pairs.rows, pairs.cols)
+
+
+def _first_order_only() -> None:
+    # once_differentiable would silently drop a gradient penalty whose upstream gradient is a constant.
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "flashcl computes first derivatives only (create_graph=True asks for more): "
+            "use the dense loss of the same name in flashcl.reference"
+        )
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, logit_scale, row_bias, col_bias, pairs: Pairs, need_cols: bool, backend: str):
+        problem = _problem(x, y, logit_scale, row_bias, col_bias, pairs)
+        row, col = ops.sweep(problem, "logsumexp", need_cols=need_cols, backend=backend)
+        pos, gap = row.new_empty(0), row.new_empty(0)
+        if (positives := pairs.positives()) is not None:
+            mean = positives.mean_logits(x, problem.y, row.dtype) * logit_scale
+            if row_bias is not None:
+                mean = mean + row_bias
+            if col_bias is not None:
+                mean = mean + col_bias[pairs.partner]
+            pos, gap = (mean, gap) if pairs.labels is None else (row[1].clone(), row[1] - mean)
+        ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, row, col)
+        ctx.pairs, ctx.backend = pairs, backend
+        return row[0].clone(), row.new_empty(0) if col is None else col[0].clone(), pos, gap
+
+    @staticmethod
+    def backward(ctx, d_row, d_col, d_pos, d_gap):
+        _first_order_only()
+        x, y, logit_scale, row_bias, col_bias, row, col = ctx.saved_tensors
+        pairs = ctx.pairs
+        positives = pairs.positives()
+        c = _softmax(d_row, d_col, d_pos, d_gap, row, col, positives if pairs.labels is not None else None)
+        problem = _problem(x, y, logit_scale, row_bias, col_bias, pairs)
+        g = _gradients(problem, c, positives, d_pos, ctx.needs_input_grad[:5], ctx.backend)
+        return _as(x, g.dx), _as(x, g.dy), g.d_scale, g.d_row_bias, g.d_col_bias, None, None, None
+
+
+def _softmax(d_row, d_col, d_pos, d_gap, row, col, labels: SameLabel | None) -> Softmax:
+    """Upstream gradients of the statistics as coefficients of G.
+
+    With labels, the softmax among the positives of row i, q_ij, and the mean over them, 1 / |P|, carry
+
+        d_pos q_ij + d_gap (q_ij - 1/|P|)  =  (d_pos + d_gap) (q_ij - 1/|P|)  +  d_pos / |P|
+
+    The first part, small when the positives are alike, goes through G; the second, equal for all of them, through
+    SameLabel.add_gradients_ in full precision.
+    """
+    if labels is None:
+        has_cols = col is not None
+        return Softmax(d_row[None], row, d_col[None] if has_cols else None, col)
+    has_positive = labels.count > 0
+    weight = torch.where(has_positive, d_pos + d_gap, 0.0)
+    offset = torch.where(has_positive, weight / labels.count, 0.0)
+    return Softmax(torch.stack([d_row, weight]), row, row_offset=offset)
+
+
+class _SoftplusSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, logit_scale, row_bias, pairs: Pairs, per_row: bool, backend: str):
+        ctx.pairs, ctx.per_row, ctx.backend = pairs, per_row, backend
+        problem = _problem(x, y, logit_scale, row_bias, None, pairs)
+        pos = pairs.positives().mean_logits(x, y, logit_scale.dtype) * logit_scale
+        if row_bias is not None:
+            pos = pos + row_bias
+        of_positive = torch.nn.functional.softplus(-pos, threshold=50.0)
+        needs = (*ctx.needs_input_grad[:4], False)
+        if per_row or not any(needs):
+            ctx.save_for_backward(x, y, logit_scale, row_bias, pos)
+            row = ops.sweep(problem, "softplus", need_cols=False, backend=backend)[0][0] + of_positive
+            return row if per_row else row.sum()
+        g = _gradients(problem, Sigmoid(torch.ones_like(pos)), pairs.positives(), -torch.sigmoid(-pos), needs, backend)
+        # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
+        ctx.save_for_backward(g.dx, g.dy, g.d_scale, g.d_row_bias)
+        ctx.dtype = x.dtype
+        return (g.row_sum + of_positive).sum()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        _first_order_only()
+        if ctx.per_row:
+            x, y, logit_scale, row_bias, pos = ctx.saved_tensors
+            problem = _problem(x, y, logit_scale, row_bias, None, ctx.pairs)
+            d_pos = -torch.sigmoid(-pos) * upstream
+            needs = (*ctx.needs_input_grad[:4], False)
+            g = _gradients(problem, Sigmoid(upstream), ctx.pairs.positives(), d_pos, needs, ctx.backend)
+            return _as(x, g.dx), _as(y, g.dy), g.d_scale, g.d_row_bias, None, None, None
+        dx, dy, d_scale, d_row_bias = (None if g is None else g * upstream for g in ctx.saved_tensors)
+        dx, dy = (None if g is None else g.to(ctx.dtype) for g in (dx, dy))
+        return dx, dy, d_scale, d_row_bias, None, None, None
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    dx: Tensor | None  # (N, D) statistic dtype
+    dy: Tensor | None  # (M, D) statistic dtype
+    d_scale: Tensor | None  # (1,)
+    d_row_bias: Tensor | None  # (N,)
+    d_col_bias: Tensor | None  # (M,)
+    row_sum: Tensor | None  # (N,), with Sigmoid coefficients
+
+
+def _gradients(
+    p: Problem,
+    c: Softmax | Sigmoid,
+    positives: Partner | SameLabel | None,
+    d_pos: Tensor,  # (N,) what reaches the mean positive logit of each row
+    needs: tuple[bool, ...],  # x, y, logit_scale, row_bias, col_bias
+    backend: str,
+) -> _Gradients:
+    need_x, need_y, need_scale, need_row_bias, need_col_bias = needs
+    # <x, dx> gives the gradient of logit_scale; so does <y, dy> where x is frozen.
+    towers = dict(need_x=need_x or p.triangular or (need_scale and not need_y), need_y=need_y)
+    g = ops.grad(p, c, **towers, need_bias=need_row_bias or need_col_bias, backend=backend)
+    if positives is not None:
+        positives.add_gradients_(g.dx, g.dx if p.triangular else g.dy, p.x, p.y, d_pos)
+    d_scale = _scale_gradient(p, g.dx, g.dy) if need_scale else None
+    d_row_bias, d_col_bias = g.g_rows, g.g_cols
+    if positives is not None and need_row_bias:
+        d_row_bias = d_row_bias + d_pos
+    if positives is not None and need_col_bias:
+        d_col_bias = d_col_bias.index_add(0, positives.index, d_pos)
+    return _Gradients(
+        g.dx.mul_(p.logit_scale) if need_x else None,
+        g.dy.mul_(p.logit_scale) if g.dy is not None else None,
+        d_scale,
+        d_row_bias if need_row_bias else None,
+        d_col_bias if need_col_bias else None,
+        g.row_sum,
+    )
+
+
+def _scale_gradient(p: Problem, dx: Tensor | None, dy: Tensor | None) -> Tensor:
+    """sum_ij G_ij <x_i, y_j>, (1,), before dx or dy is multiplied by logit_scale."""
+    embeddings, gradient = (p.x, dx) if dx is not None else (p.y, dy)
+    total = sum(
+        (a.to(g.dtype) * g).sum(dtype=torch.float64) for a, g in zip(embeddings.split(4096), gradient.split(4096))
+    )
+    # A triangular dx holds the gradient of both roles, each of which would give the sum.
+    return (total / 2 if p.triangular else total).to(gradient.dtype).reshape(1)
+
+
+def _as(like: Tensor, gradient: Tensor | None) -> Tensor | None:
+    return None if gradient is None else gradient.to(like.dtype)

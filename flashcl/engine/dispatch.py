@@ -1,0 +1,69 @@
+"""Which backend serves a call, and why."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("cuda", "triton", "torch")  # fastest first; the last one serves everything
+
+# GPU generations (major, minor) on which the contract tests and the sanitizer have passed, per backend. "auto" takes no
+# kernel elsewhere. Each entry stands on a file bench/results/verified-<backend>-sm<major><minor>.json; a test looks.
+VERIFIED: dict[str, frozenset[tuple[int, int]]] = {"cuda": frozenset(), "triton": frozenset()}
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend, imported when first used: `import flashcl` needs neither triton nor a compiler."""
+    return importlib.import_module(f"flashcl.backends.{name}")
+
+
+def unusable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot serve such tensors here, or None."""
+    try:
+        return load(name).unusable(device, dtype)
+    except ImportError as error:
+        return f"{error}"
+
+
+def choose(backend: str, x: Tensor) -> str:
+    """The name of the backend that serves x. An explicit name never falls back: it is served or refused."""
+    if backend == "auto":
+        return next(name for name in BACKENDS if _passed_over(name, x.device, x.dtype) is None)
+    if backend not in BACKENDS:
+        raise ValueError(f'backend must be "auto" or one of {", ".join(map(repr, BACKENDS))}, got {backend!r}')
+    if reason := unusable(backend, x.device, x.dtype):
+        raise RuntimeError(f"backend {backend!r} cannot serve {x.dtype} on {x.device} here: {reason}")
+    return backend
+
+
+def explain(x: Tensor, y: Tensor | None = None) -> str:
+    """What backend="auto" takes for embeddings like x (N, D), and why it passes the others over.
+
+    Returns text of one line per backend, the chosen one marked.
+    """
+    lines = [f"{len(x)} x {len(x if y is None else y)} logits of width {x.shape[1]}, {x.dtype} on {x.device}"]
+    chosen = choose("auto", x)
+    for name in BACKENDS:
+        reason = _passed_over(name, x.device, x.dtype)
+        if name == chosen:
+            lines.append(f"-> {name}: chosen, the first of {', '.join(BACKENDS)} that applies")
+        else:
+            lines.append(f"   {name}: {reason or 'applies, but is slower'}")
+    return "\n".join(lines)
+
+
+def _passed_over(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why "auto" does not take a backend, or None."""
+    if name == "torch":
+        return None
+    if device.type != "cuda":
+        return f"its kernels are for GPUs, the tensors are on {device.type}"
+    if reason := unusable(name, device, dtype):
+        return reason
+    capability = torch.cuda.get_device_capability(device)
+    if capability not in VERIFIED[name]:
+        return f"not verified on sm_{capability[0]}{capability[1]}: ask for it by backend={name!r}"
+    return None

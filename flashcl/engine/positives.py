@@ -1,0 +1,87 @@
+"""Positives whose logits are O(N D): they stay out of the tiles, in float32, forward and backward.
+
+Both kinds answer the same two questions, with t_i the mean of the positives of row i:
+
+    mean_logits           <x_i, t_i>, (N,)
+    add_gradients_        dx_i += w_i t_i,  dy_j += sum over the rows i of which j is a positive of w_i x_i / |P(i)|
+
+Added in the wide accumulators before the gradient is rounded, a positive cancels exactly what it must cancel. Where x is
+y, dx and dy are one accumulator, which receives both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_CHUNK = 4096  # rows at a time: bounds the float32 copies of 16-bit rows
+
+
+@dataclass(frozen=True)
+class Partner:
+    """One positive per row: the column index[i]. No column is the partner of two rows."""
+
+    index: Tensor  # (N,) int64
+
+    def mean_logits(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.cat([(x[i].to(dtype) * y[self.index[i]].to(dtype)).sum(1) for i in _chunks(len(x))])
+
+    def add_gradients_(self, dx: Tensor | None, dy: Tensor | None, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        for i in _chunks(len(x)):
+            if dx is not None:
+                dx[i].addcmul_(y[self.index[i]].to(dx.dtype), weight[i, None])
+            if dy is not None:
+                dy.index_add_(0, self.index[i], x[i].to(dy.dtype) * weight[i, None])
+
+
+@dataclass(frozen=True)
+class SameLabel:
+    """All other rows with the label of the row; x and y are the same embeddings. Rows without one have t_i = 0."""
+
+    group: Tensor  # (N,) int64: labels as numbers 0 ... N - 1
+    count: Tensor  # (N,) how many positives each row has
+
+    @staticmethod
+    def of(labels: Tensor) -> SameLabel:
+        # torch.unique would make the host wait for the number of groups.
+        ordered, order = labels.sort(stable=True)
+        starts = torch.cat([ordered.new_zeros(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
+        group = torch.empty_like(order).scatter_(0, order, starts.cumsum(0))
+        size = torch.zeros_like(group).scatter_add_(0, group, torch.ones_like(group))
+        return SameLabel(group, size[group] - 1)
+
+    def mean_logits(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+        sums = self._group_sums(x, torch.ones(len(x), dtype=dtype, device=x.device))
+        inverse = self._inverse_count(dtype)
+        return torch.cat([
+            ((sums[self.group[i]] - (own := x[i].to(dtype))) * own).sum(1) * inverse[i] for i in _chunks(len(x))
+        ])
+
+    def add_gradients_(self, dx: Tensor | None, dy: Tensor | None, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        ones, each = torch.ones_like(weight), weight * self._inverse_count(weight.dtype)
+        for gradient, outer, inner in ((dx, each, ones), (dy, ones, each)):
+            if gradient is None:
+                continue
+            sums = self._group_sums(x, inner)
+            for i in _chunks(len(x)):
+                others = sums[self.group[i]] - x[i].to(weight.dtype) * inner[i, None]
+                gradient[i].addcmul_(others, outer[i, None])
+
+    def _inverse_count(self, dtype: torch.dtype) -> Tensor:
+        return torch.where(self.count > 0, 1 / self.count.to(dtype), 0.0)
+
+    def _group_sums(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Sum of weight_i x_i over each group, (N, D): the number of groups is known to the device alone."""
+        sums = torch.zeros(x.shape, dtype=weight.dtype, device=x.device)
+        for i in _chunks(len(x)):
+            rows = x[i].to(weight.dtype) * weight[i, None]
+            # On a GPU index_put_ sorts and so adds in a fixed order; index_add_ would add in any.
+            sums.index_put_((self.group[i],), rows, accumulate=True)
+        return sums
+
+
+def _chunks(n: int) -> Iterator[slice]:
+    return (slice(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK))

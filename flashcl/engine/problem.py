@@ -1,0 +1,112 @@
+"""What a backend is asked to compute: one block of the logit matrix, and which of its pairs count.
+
+    s_ij = logit_scale * <x_i, y_j> + row_bias_i + col_bias_j          (N, M), never stored
+
+A *pair program* then looks at O(N + M) vectors and gives every pair a class: dropped (its logit becomes -inf),
+negative (class 0) or positive (class 1). Every backend holds the same programs under the same names:
+
+    all         every pair is a negative
+    different   rows = (id,), cols = (id,): pairs with equal ids are dropped, all others are negatives
+    by_label    rows = (id, label), cols = (id, label): equal ids are dropped, other pairs with equal labels are positives
+
+A block is all that a backend knows. Which block of y it is, and on which rank its rows live, is in the ids it is given:
+statistics of several blocks merge by logaddexp, and `grad` takes the merged ones, so that one block is like the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CLASSES = {"all": 1, "different": 1, "by_label": 2}  # program -> number of pair classes K
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One block of logits. Vectors are on the device of x; `stat_dtype` is float64 for float64 embeddings, else float32."""
+
+    x: Tensor  # (N, D) float64, float32, bfloat16 or float16; any strides
+    y: Tensor  # (M, D) like x; the very same tensor where triangular
+    logit_scale: Tensor  # (1,) stat_dtype: read on the device, never on the host
+    row_bias: Tensor | None = None  # (N,) stat_dtype, any stride (0 where one bias serves all rows)
+    col_bias: Tensor | None = None  # (M,) stat_dtype, any stride
+    program: str = "all"
+    rows: tuple[Tensor, ...] = ()  # (N,) integer vectors that the program reads
+    cols: tuple[Tensor, ...] = ()  # (M,)
+    triangular: bool = False  # S = S^T: x is y, rows is cols, no biases; walk only the tiles on and above the diagonal
+
+    @staticmethod
+    def of(
+        x: Tensor,
+        y: Tensor | None,  # None: triangular
+        logit_scale: Tensor,
+        row_bias: Tensor | None,
+        col_bias: Tensor | None,
+        program: str,
+        rows: Sequence[Tensor],
+        cols: Sequence[Tensor],
+    ) -> Problem:
+        triangular = y is None
+        y = x if triangular else y
+        return Problem(x, y, logit_scale, row_bias, col_bias, program, tuple(rows), tuple(cols), triangular)
+
+    @property
+    def classes(self) -> int:
+        return CLASSES[self.program]
+
+    @property
+    def stat_dtype(self) -> torch.dtype:
+        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """The coefficients of G for log-sum-exp statistics. `lse` of a row without pairs is -inf: its G is 0.
+
+    G_ij = row_weight[k, i] exp(s_ij - row_lse[k, i]) + col_weight[k, j] exp(s_ij - col_lse[k, j])     k = class of (i, j)
+           - (row_offset[i] + col_offset[j] where k = 1)
+
+    The offset is what the positives of a row would receive were they all alike. It is taken off before G is rounded,
+    because exp(s - lse) and the offset cancel near convergence.
+    Where the problem is triangular the column vectors are None: they are the row vectors.
+    """
+
+    row_weight: Tensor  # (K, N)
+    row_lse: Tensor  # (K, N)
+    col_weight: Tensor | None = None  # (K, M); None also where no gradient comes through the columns
+    col_lse: Tensor | None = None  # (K, M)
+    row_offset: Tensor | None = None  # (N,), only with K = 2
+    col_offset: Tensor | None = None  # (M,)
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """The coefficients of G for the sum of softplus: G_ij = row_weight[i] sigmoid(s_ij)."""
+
+    row_weight: Tensor  # (N,)
+
+
+@dataclass(frozen=True)
+class Grads:
+    """What `grad` returns. The factor logit_scale is left to the caller, who needs <x, dx> for its own gradient."""
+
+    dx: Tensor | None  # (N, D) stat_dtype: sum_j G_ij y_j; of a triangular problem sum_j (G + G^T)_ij x_j
+    dy: Tensor | None  # (M, D) stat_dtype: sum_i G_ij x_i; None of a triangular problem
+    g_rows: Tensor | None = None  # (N,) stat_dtype: sum_j G_ij
+    g_cols: Tensor | None = None  # (M,) stat_dtype: sum_i G_ij
+    row_sum: Tensor | None = None  # (N,) stat_dtype: sum_j row_weight[i] softplus(s_ij), with Sigmoid coefficients
+
+
+# A backend is a module with
+#
+#   unusable(device: torch.device, dtype: torch.dtype) -> str | None
+#       why this backend cannot serve such tensors here, or None
+#   sweep(problem: Problem, reduction: "logsumexp" | "softplus", *, need_cols: bool) -> (row (K, N), col (K, M) | None)
+#       logsumexp: log-sum-exps of every class along the rows and along the columns, -inf over no pair;
+#                  col is None where not needed, and of a triangular problem, where it equals row
+#       softplus:  (sum_j softplus(s_ij) as (1, N), None)
+#   grad(problem: Problem, coefficients: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_bias: bool) -> Grads
+#       of a triangular problem need_x asks for the whole gradient

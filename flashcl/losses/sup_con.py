@@ -1,0 +1,58 @@
+"""SupCon: supervised contrast, every other row of one's label is a positive."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashcl import checks
+from flashcl.engine import dispatch
+from flashcl.engine.autograd import Pairs, log_sum_exp
+from flashcl.losses.common import REDUCTIONS, from_negatives, prepare
+
+
+def sup_con(
+    z: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 0.07,
+    normalize: bool = False,
+    reduction: str = "mean",
+    group: object | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """SupCon, "out" form: l_i = log sum_{j != i} exp(s_ij) - mean_{p in P(i)} s_ip, s = z z^T / temperature.
+
+    z: (N, D). labels: (N,) integers, same device; P(i) are the other rows with the label of i. z is taken as given
+    unless normalize=True. temperature: a float or a one-element tensor.
+    Returns: float32 (float64 for float64 input), nats: () for reduction "mean" and "sum", (N,) for "none". Anchors
+    without a positive have loss 0 and do not count in the mean; without any anchor the mean is 0.
+    Gradients: z, temperature, first order. Memory O(N D) and a bounded workspace; 4 N^2 D FLOPs forward and backward:
+    S is symmetric, half of its tiles are computed.
+    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward and for group.
+    Numerics: within twice the error of the dense formula in the same dtype; l_i = softplus(negatives - positives) + the
+    spread of the positives, log sum_p exp(s_ip) - mean_p s_ip, keeps the digits of a converged anchor.
+    Source: Khosla et al. 2020, eq. 2.
+    """
+    checks.embeddings(z=z)
+    checks.labels(labels, len(z), z)
+    checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.no_group(group)
+    scale = checks.logit_scale(z, temperature=temperature, logit_scale=None)
+    (z,) = prepare(normalize, z)
+
+    labels = labels.long()
+    row = torch.arange(len(z), dtype=torch.int32, device=z.device)
+    vectors = (row, labels)
+    pairs = Pairs("by_label", vectors, vectors, labels=labels)
+    s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, backend=dispatch.choose(backend, z))
+    alone = s.row_pos == -torch.inf
+    # Filled before the arithmetic, not after: inf - inf of an anchor that does not count would make its gradient NaN.
+    pos, gap = s.row_pos.masked_fill(alone, 0.0), s.row_gap.masked_fill(alone, 0.0)
+    loss = (from_negatives(s.row_neg, pos) + gap).masked_fill(alone, 0.0)
+    match reduction:
+        case "mean":
+            return loss.sum() / (~alone).sum().clamp(min=1)
+        case "sum":
+            return loss.sum()
+    return loss
