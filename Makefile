@@ -1,0 +1,36 @@
+# Every target installs what it needs into .venv first; `make install` alone is enough on a fresh machine.
+# FLASHCL_CUDA and FLASHCL_ARCHS (see setup.py) are read when the package is built: `make -B install` builds again.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/installed
+
+.PHONY: install demo test gpu-test bench clean
+
+install: $(STAMP)
+
+# The constraints are passed twice because pip >= 25.3 no longer applies the first to the isolated build.
+$(STAMP): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv
+	@rm -f flashcl/_C.*.so # one left by an earlier build would hide that this build made none
+	PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt $(BIN)/pip install -e ".[test]"
+	@$(BIN)/python -c 'from flashcl import _C; print("flashcl._C:", _C.build_info())' 2> /dev/null || \
+		echo "flashcl._C was not built; everything else works. FLASHCL_CUDA=1 make -B install says why."
+	@touch $@
+
+demo: install
+	@$(BIN)/flashcl demo
+
+# `pytest`, not `python -m pytest`: that would put the repository on sys.path, where the folder triton_kernels
+# shadows a foreign package of the same name.
+test: install
+	@$(BIN)/pytest -m "not gpu"
+
+gpu-test: install
+	@$(BIN)/pytest -m gpu
+
+bench: install
+	@$(BIN)/python bench/cpu.py
+
+clean:
+	rm -rf .venv build dist *.egg-info flashcl/_C.*.so .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
