@@ -8,13 +8,14 @@ exp per logit is safe; on a GPU such a look would make the host wait, so there t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from flashcl.backends.gemm import addmm_, mm
-from flashcl.engine.problem import Grads, Problem, Sigmoid, Softmax
+from flashcl.engine.problem import Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
 
 # CPU: 4 MiB of float32, so that the two buffers of a tile stay in the last-level cache, while the GEMMs are large enough
 # to run at library speed. GPU: 64 MiB, since there a tile has to be many waves of thread blocks.
@@ -91,22 +92,29 @@ def _drop_equal(s: Tensor, row_id: Tensor, col_id: Tensor) -> None:
 # ---- sweep ---------------------------------------------------------------------------------------------------------------
 
 
-def sweep(p: Problem, reduction: str, *, need_cols: bool) -> tuple[Tensor, Tensor | None]:
-    if reduction == "softplus":
-        return _sweep_softplus(p), None
-    # Tiles are merged in float64: a float32 log-sum-exp rounded once per tile would drift with the number of tiles.
-    row = torch.full((p.classes, len(p.x)), -torch.inf, dtype=torch.float64, device=p.x.device)
-    col = row if p.triangular else row.new_full((p.classes, len(p.y)), -torch.inf)
+def sweep(p: Problem, *, need_cols: bool) -> Statistics:
+    need_cols = need_cols and not p.triangular
+    row = _Running(p, len(p.x))
+    col = row if p.triangular else _Running(p, len(p.y))
+    deviation = None if p.center is None else torch.zeros(len(p.x), dtype=torch.float64, device=p.x.device)
     tiles = _Tiles(p)
     for i, x in tiles.rows():
         for j, _, s, positive, free in tiles.along(i, x):
             mirrored = p.triangular and j.start > i.start
+            if deviation is not None:
+                deviation[i] += _masked_sum(torch.sub(s, p.center[i, None], out=free), positive, 1)
+                if mirrored:
+                    deviation[j] += _masked_sum(torch.sub(s, p.center[j], out=free), positive, 0)
             for k, part in enumerate(_split(s, positive)):
-                row_lse, col_lse = _tile_logsumexp(part, free, need_cols=mirrored or (need_cols and not p.triangular))
-                _merge(row[k, i], row_lse)
-                if col_lse is not None:
-                    _merge(col[k, j], col_lse)
-    return row.to(p.stat_dtype), col.to(p.stat_dtype) if need_cols and not p.triangular else None
+                in_rows, in_cols = _tile_sums(part, free, need_cols=need_cols or mirrored)
+                row.add(k, i, *in_rows)
+                if in_cols is not None:
+                    col.add(k, j, *in_cols)
+    return Statistics(row.result(), col.result() if need_cols else None, deviation)
+
+
+def _masked_sum(values: Tensor, mask: Tensor, axis: int) -> Tensor:
+    return values.masked_fill_(~mask, 0.0).sum(axis)
 
 
 def _split(s: Tensor, positive: Tensor | None) -> Iterator[Tensor]:
@@ -117,29 +125,50 @@ def _split(s: Tensor, positive: Tensor | None) -> Iterator[Tensor]:
     yield s
 
 
-def _tile_logsumexp(s: Tensor, free: Tensor, *, need_cols: bool) -> tuple[Tensor, Tensor | None]:
-    """Log-sum-exps of a tile, float64, along its rows (BN,) and its columns (BM,): one exp per logit where that is safe."""
+class _Running:
+    """Log-sum-exps of every class for all rows, or all columns, while tiles are added."""
+
+    def __init__(self, p: Problem, n: int):
+        self.top = torch.full((p.classes, n), -torch.inf, dtype=p.stat_dtype, device=p.x.device)
+        # float64: one more rounding per tile would show in a row of many tiles.
+        self.total = torch.zeros(p.classes, n, dtype=torch.float64, device=p.x.device)  # sum of exp(s - top)
+
+    def add(self, k: int, block: slice, top: Tensor, total: Tensor) -> None:
+        old = self.top[k, block]
+        new = torch.maximum(old, top)
+        decay, scale = (torch.where(t == new, 1.0, torch.exp((t - new).double())) for t in (old, top))  # inf - inf is 0 here
+        self.total[k, block] = self.total[k, block] * decay + total * scale
+        self.top[k, block] = new
+
+    def result(self) -> LogSumExp:
+        return LogSumExp(self.top, self.total.log_().to(self.top.dtype))
+
+
+def _tile_sums(s: Tensor, free: Tensor, *, need_cols: bool) -> tuple[tuple, tuple | None]:
+    """(top, sum of exp(s - top)) of each row (BN,), and of each column (BM,): one exp per logit where that is safe."""
     if s.device.type == "cpu":
         top = s.amax()
         e = torch.sub(s, top, out=free).exp_()  # (BN, BM)
         row, col = e.sum(1), e.sum(0) if need_cols else None
         smallest = row.min() if col is None else min(row.min(), col.min())
         if top.isfinite() and smallest > _SAFE_SUM:
-            return top + row.double().log_(), None if col is None else top + col.double().log_()
-    return s.logsumexp(1).double(), s.logsumexp(0).double() if need_cols else None
+            return (top, row), None if col is None else (top, col)
+    return _own_top_sums(s, free, 1), _own_top_sums(s, free, 0) if need_cols else None
 
 
-def _merge(total: Tensor, part: Tensor) -> None:
-    torch.logaddexp(total, part, out=total)
+def _own_top_sums(s: Tensor, free: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    top = s.amax(axis)
+    shift = top.masked_fill(top.isinf(), 0.0)  # of no pair: the sum is 0; of +inf: it is +inf
+    return top, torch.sub(s, shift.unsqueeze(axis), out=free).exp_().sum(axis)
 
 
-def _sweep_softplus(p: Problem) -> Tensor:
+def sweep_softplus(p: Problem) -> Tensor:
     total = torch.zeros(len(p.x), dtype=torch.float64, device=p.x.device)
     tiles = _Tiles(p)
     for i, x in tiles.rows():
         for _, _, s, _, _ in tiles.along(i, x):
             total[i] += softplus(s).sum(1)
-    return total.to(p.stat_dtype)[None]
+    return total.to(p.stat_dtype)
 
 
 def softplus(s: Tensor) -> Tensor:
@@ -171,6 +200,9 @@ def grad(p: Problem, c: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_b
                 g = s.sigmoid_().mul_(c.row_weight[i, None])  # (BN, BM)
             else:
                 g = _softmax_tile(s, positive, free, *_coefficients(c, p, i, j))
+                if p.triangular and j.start == i.start:
+                    # Not exp(s_ij - lse_j): a GEMM may round s_ij and s_ji apart, and lse_j has seen s_ji.
+                    g = g + g.T
             if need_bias:
                 g_rows[i] += g.sum(1)
                 g_cols[j] += g.sum(0)
@@ -190,54 +222,55 @@ def grad(p: Problem, c: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_b
     return Grads(dx, dy, g_rows, g_cols, row_sum)
 
 
-def _coefficients(c: Softmax, p: Problem, i: slice, j: slice) -> tuple[list, list]:
-    """(weight (K, B), lse (K, B), offset (B,)) of the rows i and of the columns j."""
-    row = [c.row_weight[:, i], c.row_lse[:, i], None if c.row_offset is None else c.row_offset[i]]
-    if p.triangular:
-        return row, [c.row_weight[:, j], c.row_lse[:, j], None if c.row_offset is None else c.row_offset[j]]
-    if c.col_weight is None:
-        return row, [None, None, None]
-    return row, [c.col_weight[:, j], c.col_lse[:, j], None if c.col_offset is None else c.col_offset[j]]
+@dataclass(frozen=True)
+class _Coefficients:
+    """Those of the rows, or of the columns, of one tile."""
+
+    weight: Tensor  # (K, B)
+    lse: LogSumExp  # (K, B)
+    offset: Tensor | None  # (B,)
+
+    @staticmethod
+    def of(weight: Tensor | None, lse: LogSumExp | None, offset: Tensor | None, block: slice) -> _Coefficients | None:
+        if weight is None:
+            return None
+        # exp(s - inf) = 0: a row without pairs has no gradient, where exp(-inf - -inf) would be NaN.
+        top = lse.top[:, block]
+        top = top.masked_fill(top == -torch.inf, torch.inf)
+        return _Coefficients(weight[:, block], LogSumExp(top, lse.rest[:, block]), None if offset is None else offset[block])
 
 
-def _softmax_tile(s: Tensor, positive: Tensor | None, free: Tensor, row: list, col: list) -> Tensor:
+def _coefficients(c: Softmax, p: Problem, i: slice, j: slice) -> tuple[_Coefficients, _Coefficients | None]:
+    row = _Coefficients.of(c.row_weight, c.row_lse, c.row_offset, i)
+    if not p.triangular:
+        return row, _Coefficients.of(c.col_weight, c.col_lse, c.col_offset, j)
+    return row, None if j.start == i.start else _Coefficients.of(c.row_weight, c.row_lse, c.row_offset, j)
+
+
+def _softmax_tile(s: Tensor, positive: Tensor | None, free: Tensor, row: _Coefficients, col: _Coefficients | None) -> Tensor:
     """G (BN, BM) of a tile of logits, which it overwrites."""
-
-    def of_class(k, s, free):
-        return _weighted_exp(s, free, *(v if v is None else v[k] for v in (*row[:2], *col[:2])))
-
     if positive is None:
-        return of_class(0, s, free)
-    g = of_class(1, s.clone(), free)
-    for offset in (row[2][:, None] if row[2] is not None else None, col[2]):
-        if offset is not None:
-            g.sub_(offset)
-    return torch.where(positive, g, of_class(0, s, torch.empty_like(s)))
+        return _weighted_exp(s, free, row, col, 0)
+    g = _weighted_exp(s.clone(), free, row, col, 1)
+    if row.offset is not None:
+        g.sub_(row.offset[:, None])
+    if col is not None and col.offset is not None:
+        g.sub_(col.offset)
+    return torch.where(positive, g, _weighted_exp(s, torch.empty_like(s), row, col, 0))
 
 
-def _weighted_exp(
-    s: Tensor,  # (BN, BM), overwritten
-    free: Tensor,  # (BN, BM), overwritten
-    row_weight: Tensor,  # (BN,)
-    row_lse: Tensor,  # (BN,)
-    col_weight: Tensor | None,  # (BM,)
-    col_lse: Tensor | None,  # (BM,)
-) -> Tensor:
-    """row_weight_i exp(s_ij - row_lse_i) + col_weight_j exp(s_ij - col_lse_j), (BN, BM)."""
-    row_lse = _no_pairs_to_zero(row_lse)
-    if col_weight is None:
-        return s.sub_(row_lse[:, None]).exp_().mul_(row_weight[:, None])
-    col_lse = _no_pairs_to_zero(col_lse)
-    if s.device.type == "cpu" and (low := _common_shift(row_lse, col_lse)) is not None:
-        a, b = row_weight * torch.exp(low - row_lse), col_weight * torch.exp(low - col_lse)
+def _weighted_exp(s: Tensor, free: Tensor, row: _Coefficients, col: _Coefficients | None, k: int) -> Tensor:
+    """row.weight_i exp(s_ij - row.lse_i) + col.weight_j exp(s_ij - col.lse_j) of class k, (BN, BM), in place of s."""
+    top, rest, weight = row.lse.top[k], row.lse.rest[k], row.weight[k]  # (BN,)
+    if col is None:
+        return s.sub_(top[:, None]).exp_().mul_((weight * torch.exp(-rest))[:, None])
+    col_top, col_rest, col_weight = col.lse.top[k], col.lse.rest[k], col.weight[k]  # (BM,)
+    if s.device.type == "cpu" and (low := _common_shift(top + rest, col_top + col_rest)) is not None:
+        a = weight * torch.exp((low - top) - rest)
+        b = col_weight * torch.exp((low - col_top) - col_rest)
         return s.sub_(low).exp_().mul_(torch.add(a[:, None], b, out=free))
-    torch.sub(s, row_lse[:, None], out=free).exp_().mul_(row_weight[:, None])
-    return s.sub_(col_lse).exp_().mul_(col_weight).add_(free)
-
-
-def _no_pairs_to_zero(lse: Tensor) -> Tensor:
-    """exp(s - inf) = 0: a row without pairs has no gradient, where exp(-inf - -inf) would be NaN."""
-    return lse.masked_fill(lse == -torch.inf, torch.inf)
+    torch.sub(s, top[:, None], out=free).sub_(rest[:, None]).exp_().mul_(weight[:, None])
+    return s.sub_(col_top).sub_(col_rest).exp_().mul_(col_weight).add_(free)
 
 
 def _common_shift(row_lse: Tensor, col_lse: Tensor) -> Tensor | None:

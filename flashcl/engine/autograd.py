@@ -9,14 +9,14 @@ unless it is written as softplus(negatives - positive): that is why negatives an
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from flashcl.engine import ops
 from flashcl.engine.positives import Partner, SameLabel
-from flashcl.engine.problem import Problem, Sigmoid, Softmax
+from flashcl.engine.problem import LogSumExp, Problem, Sigmoid, Softmax
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,11 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Statistics:
-    """What log_sum_exp returns, float32 (float64 for float64 embeddings), each differentiable."""
+class Masses:
+    """What log_sum_exp returns, each differentiable and float64: differences of large logits keep their digits.
+
+    A loss is their arithmetic, rounded to the dtype of its result at the end.
+    """
 
     row_neg: Tensor  # (N,) log sum_j exp(s_ij) over the negatives of row i; -inf without any
     col_neg: Tensor | None  # (M,) the same over columns; None if not asked for, and of a symmetric S: it is row_neg
@@ -55,12 +58,12 @@ def log_sum_exp(
     *,
     need_cols: bool,
     backend: str,
-) -> Statistics:
+) -> Masses:
     row, col, pos, gap = _LogSumExp.apply(
         x, y, *_statistic_dtype(x, logit_scale, row_bias, col_bias), pairs, need_cols, backend
     )
     has_cols = need_cols and y is not None
-    return Statistics(
+    return Masses(
         row,
         col if has_cols else None,
         pos if pairs.partner is not None or pairs.labels is not None else None,
@@ -78,7 +81,7 @@ def softplus_sum(
     per_row: bool,
     backend: str,
 ) -> Tensor:
-    """(N,) or, not per_row, their sum: then gradients are made in the forward sweep, and backward only scales them."""
+    """(N,) float64 or, not per_row, their sum: then gradients are made in the forward sweep, and backward only scales them."""
     logit_scale, row_bias, _ = _statistic_dtype(x, logit_scale, row_bias, None)
     return _SoftplusSum.apply(x, y, logit_scale, row_bias, pairs, per_row, backend)
 
@@ -104,45 +107,58 @@ def _first_order_only() -> None:
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, logit_scale, row_bias, col_bias, pairs: Pairs, need_cols: bool, backend: str):
-        problem = _problem(x, y, logit_scale, row_bias, col_bias, pairs)
-        row, col = ops.sweep(problem, "logsumexp", need_cols=need_cols, backend=backend)
-        pos, gap = row.new_empty(0), row.new_empty(0)
-        if (positives := pairs.positives()) is not None:
-            mean = positives.mean_logits(x, problem.y, row.dtype) * logit_scale
-            if row_bias is not None:
-                mean = mean + row_bias
-            if col_bias is not None:
-                mean = mean + col_bias[pairs.partner]
-            pos, gap = (mean, gap) if pairs.labels is None else (row[1].clone(), row[1] - mean)
-        ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, row, col)
+        problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, pairs), pairs.positives()
+        mean = _mean_logits(problem, pairs, positives)  # (N,) float64, or None
+        if pairs.labels is not None:
+            problem = replace(problem, center=mean.to(problem.stat_dtype))
+        s = ops.sweep(problem, need_cols=need_cols, backend=backend)
+        col_top, col_rest = (None, None) if s.col is None else (s.col.top, s.col.rest)
+        ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.top, s.row.rest, col_top, col_rest)
         ctx.pairs, ctx.backend = pairs, backend
-        return row[0].clone(), row.new_empty(0) if col is None else col[0].clone(), pos, gap
+        row, absent = s.row.value(), [s.row.top.new_empty(0) for _ in range(3)]
+        col = absent[0] if s.col is None else s.col.value()[0]
+        if positives is None:
+            return row[0], col, *absent[1:]
+        if pairs.labels is None:
+            return row[0], col, mean, absent[1]
+        # The mean logit by way of its deviation in the tiles: there its error is that of the logits in row_pos, and cancels.
+        return row[0], col, row[1], row[1] - (problem.center + s.deviation / positives.count)
 
     @staticmethod
     def backward(ctx, d_row, d_col, d_pos, d_gap):
         _first_order_only()
-        x, y, logit_scale, row_bias, col_bias, row, col = ctx.saved_tensors
-        pairs = ctx.pairs
-        positives = pairs.positives()
-        c = _softmax(d_row, d_col, d_pos, d_gap, row, col, positives if pairs.labels is not None else None)
-        problem = _problem(x, y, logit_scale, row_bias, col_bias, pairs)
+        x, y, logit_scale, row_bias, col_bias, row_top, row_rest, col_top, col_rest = ctx.saved_tensors
+        problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, ctx.pairs), ctx.pairs.positives()
+        row, col = LogSumExp(row_top, row_rest), None if col_top is None else LogSumExp(col_top, col_rest)
+        d_row, d_col, d_pos, d_gap = (d.to(problem.stat_dtype) for d in (d_row, d_col, d_pos, d_gap))
+        if ctx.pairs.labels is None:
+            c = Softmax(d_row[None], row, None if col is None else d_col[None], col)
+        else:
+            c = _softmax_with_labels(d_row, d_pos, d_gap, row, positives)
         g = _gradients(problem, c, positives, d_pos, ctx.needs_input_grad[:5], ctx.backend)
         return _as(x, g.dx), _as(x, g.dy), g.d_scale, g.d_row_bias, g.d_col_bias, None, None, None
 
 
-def _softmax(d_row, d_col, d_pos, d_gap, row, col, labels: SameLabel | None) -> Softmax:
-    """Upstream gradients of the statistics as coefficients of G.
+def _mean_logits(p: Problem, pairs: Pairs, positives: Partner | SameLabel | None) -> Tensor | None:
+    """The mean logit of the positives of each row, (N,) float64."""
+    if positives is None:
+        return None
+    mean = positives.mean_logits(p.x, p.y) * p.logit_scale
+    if p.row_bias is not None:
+        mean = mean + p.row_bias
+    if p.col_bias is not None:
+        mean = mean + p.col_bias[pairs.partner]
+    return mean
 
-    With labels, the softmax among the positives of row i, q_ij, and the mean over them, 1 / |P|, carry
+
+def _softmax_with_labels(d_row: Tensor, d_pos: Tensor, d_gap: Tensor, row: LogSumExp, labels: SameLabel) -> Softmax:
+    """Upstream gradients as coefficients of G, where the positives of a row have a softmax q_ij of their own.
 
         d_pos q_ij + d_gap (q_ij - 1/|P|)  =  (d_pos + d_gap) (q_ij - 1/|P|)  +  d_pos / |P|
 
     The first part, small when the positives are alike, goes through G; the second, equal for all of them, through
     SameLabel.add_gradients_ in full precision.
     """
-    if labels is None:
-        has_cols = col is not None
-        return Softmax(d_row[None], row, d_col[None] if has_cols else None, col)
     has_positive = labels.count > 0
     weight = torch.where(has_positive, d_pos + d_gap, 0.0)
     offset = torch.where(has_positive, weight / labels.count, 0.0)
@@ -153,17 +169,16 @@ class _SoftplusSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, logit_scale, row_bias, pairs: Pairs, per_row: bool, backend: str):
         ctx.pairs, ctx.per_row, ctx.backend = pairs, per_row, backend
-        problem = _problem(x, y, logit_scale, row_bias, None, pairs)
-        pos = pairs.positives().mean_logits(x, y, logit_scale.dtype) * logit_scale
-        if row_bias is not None:
-            pos = pos + row_bias
+        problem, positives = _problem(x, y, logit_scale, row_bias, None, pairs), pairs.positives()
+        pos = _mean_logits(problem, pairs, positives)
         of_positive = torch.nn.functional.softplus(-pos, threshold=50.0)
+        d_pos = -torch.sigmoid(-pos).to(problem.stat_dtype)
         needs = (*ctx.needs_input_grad[:4], False)
         if per_row or not any(needs):
-            ctx.save_for_backward(x, y, logit_scale, row_bias, pos)
-            row = ops.sweep(problem, "softplus", need_cols=False, backend=backend)[0][0] + of_positive
+            ctx.save_for_backward(x, y, logit_scale, row_bias, d_pos)
+            row = ops.sweep_softplus(problem, backend=backend) + of_positive
             return row if per_row else row.sum()
-        g = _gradients(problem, Sigmoid(torch.ones_like(pos)), pairs.positives(), -torch.sigmoid(-pos), needs, backend)
+        g = _gradients(problem, Sigmoid(torch.ones_like(d_pos)), positives, d_pos, needs, backend)
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
         ctx.save_for_backward(g.dx, g.dy, g.d_scale, g.d_row_bias)
         ctx.dtype = x.dtype
@@ -173,13 +188,13 @@ class _SoftplusSum(torch.autograd.Function):
     def backward(ctx, upstream):
         _first_order_only()
         if ctx.per_row:
-            x, y, logit_scale, row_bias, pos = ctx.saved_tensors
+            x, y, logit_scale, row_bias, d_pos = ctx.saved_tensors
             problem = _problem(x, y, logit_scale, row_bias, None, ctx.pairs)
-            d_pos = -torch.sigmoid(-pos) * upstream
+            upstream = upstream.to(d_pos.dtype)
             needs = (*ctx.needs_input_grad[:4], False)
-            g = _gradients(problem, Sigmoid(upstream), ctx.pairs.positives(), d_pos, needs, ctx.backend)
+            g = _gradients(problem, Sigmoid(upstream), ctx.pairs.positives(), d_pos * upstream, needs, ctx.backend)
             return _as(x, g.dx), _as(y, g.dy), g.d_scale, g.d_row_bias, None, None, None
-        dx, dy, d_scale, d_row_bias = (None if g is None else g * upstream for g in ctx.saved_tensors)
+        dx, dy, d_scale, d_row_bias = (None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
         dx, dy = (None if g is None else g.to(ctx.dtype) for g in (dx, dy))
         return dx, dy, d_scale, d_row_bias, None, None, None
 

@@ -1,9 +1,9 @@
-"""The two operations of every backend as registered operators, so that torch.compile sees them as one node each.
+"""The operations of every backend as registered operators, so that torch.compile sees them as one node each.
 
-    flashcl::sweep   statistics of a block of logits
-    flashcl::grad    its gradients, given the coefficients of G
+    flashcl::sweep, flashcl::sweep_softplus    statistics of a block of logits
+    flashcl::grad                              its gradients, given the coefficients of G
 
-Operators know tensors, numbers and strings; `Problem`, `Softmax` and `Sigmoid` are taken apart and put together here.
+Operators know tensors, numbers and strings; the dataclasses of problem.py are taken apart and put together here.
 A triangular problem goes without y. An absent output is a tensor without elements.
 """
 
@@ -13,13 +13,23 @@ import torch
 from torch import Tensor
 
 from flashcl.engine import dispatch
-from flashcl.engine.problem import CLASSES, Grads, Problem, Sigmoid, Softmax
+from flashcl.engine.problem import CLASSES, Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
 
 
-def sweep(problem: Problem, reduction: str, *, need_cols: bool, backend: str) -> tuple[Tensor, Tensor | None]:
-    """`problem.py` says what comes back: (row (K, N), col (K, M) or None)."""
-    row, col = _sweep(*_unpack(problem), reduction, need_cols, backend)
-    return row, col if need_cols and not problem.triangular else None
+def sweep(problem: Problem, *, need_cols: bool, backend: str) -> Statistics:
+    """`problem.py` says what comes back."""
+    row_top, row_rest, col_top, col_rest, deviation = _sweep(*_unpack(problem), problem.center, need_cols, backend)
+    has_cols = need_cols and not problem.triangular
+    return Statistics(
+        LogSumExp(row_top, row_rest),
+        LogSumExp(col_top, col_rest) if has_cols else None,
+        None if problem.center is None else deviation,
+    )
+
+
+def sweep_softplus(problem: Problem, *, backend: str) -> Tensor:
+    """`problem.py` says what comes back."""
+    return _sweep_softplus(*_unpack(problem), backend)
 
 
 def grad(
@@ -27,14 +37,14 @@ def grad(
 ) -> Grads:
     """`problem.py` says what comes back."""
     if isinstance(c, Sigmoid):
-        vectors = [c.row_weight, None, None, None, None, None]
+        vectors = [c.row_weight] + [None] * 7
     else:
-        vectors = [c.row_weight, c.row_lse, c.col_weight, c.col_lse, c.row_offset, c.col_offset]
+        row, col = ([None, None] if lse is None else [lse.top, lse.rest] for lse in (c.row_lse, c.col_lse))
+        vectors = [c.row_weight, *row, c.col_weight, *col, c.row_offset, c.col_offset]
     dx, dy, g_rows, g_cols, row_sum = _grad(*_unpack(problem), *vectors, need_x, need_y, need_bias, backend)
-    need_y = need_y and not problem.triangular
     return Grads(
         dx if need_x else None,
-        dy if need_y else None,
+        dy if need_y and not problem.triangular else None,
         g_rows if need_bias else None,
         g_cols if need_bias else None,
         row_sum if isinstance(c, Sigmoid) else None,
@@ -44,6 +54,10 @@ def grad(
 def _unpack(p: Problem) -> tuple:
     y = None if p.triangular else p.y
     return (p.x, y, p.logit_scale, p.row_bias, p.col_bias, p.program, list(p.rows), list(p.cols))
+
+
+def _present(*tensors: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if v is None else v for v in tensors)
 
 
 @torch.library.custom_op("flashcl::sweep", mutates_args=())
@@ -56,21 +70,43 @@ def _sweep(
     program: str,
     rows: list[Tensor],
     cols: list[Tensor],
-    reduction: str,
+    center: Tensor | None,
     need_cols: bool,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols)
-    row, col = dispatch.load(backend).sweep(problem, reduction, need_cols=need_cols)
-    return row, row.new_empty(0) if col is None else col
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center)
+    s = dispatch.load(backend).sweep(problem, need_cols=need_cols)
+    col = (None, None) if s.col is None else (s.col.top, s.col.rest)
+    return _present(s.row.top, s.row.rest, *col, s.deviation, like=logit_scale)
 
 
 @_sweep.register_fake
-def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, reduction, need_cols, backend):
-    classes = CLASSES[program] if reduction == "logsumexp" else 1
-    row = logit_scale.new_empty(classes, x.shape[0])
-    has_cols = need_cols and y is not None and reduction == "logsumexp"
-    return row, logit_scale.new_empty(classes, y.shape[0]) if has_cols else logit_scale.new_empty(0)
+def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center, need_cols, backend):
+    new, k, has_cols = logit_scale.new_empty, CLASSES[program], need_cols and y is not None
+    row, col = (k, x.shape[0]), (k, y.shape[0]) if has_cols else (0,)
+    deviation = new(0) if center is None else new(x.shape[0], dtype=torch.float64)
+    return new(row), new(row), new(col), new(col), deviation
+
+
+@torch.library.custom_op("flashcl::sweep_softplus", mutates_args=())
+def _sweep_softplus(
+    x: Tensor,
+    y: Tensor | None,
+    logit_scale: Tensor,
+    row_bias: Tensor | None,
+    col_bias: Tensor | None,
+    program: str,
+    rows: list[Tensor],
+    cols: list[Tensor],
+    backend: str,
+) -> Tensor:
+    problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols)
+    return dispatch.load(backend).sweep_softplus(problem)
+
+
+@_sweep_softplus.register_fake
+def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, backend):
+    return logit_scale.new_empty(x.shape[0])
 
 
 @torch.library.custom_op("flashcl::grad", mutates_args=())
@@ -84,9 +120,11 @@ def _grad(
     rows: list[Tensor],
     cols: list[Tensor],
     row_weight: Tensor,
-    row_lse: Tensor | None,
+    row_top: Tensor | None,
+    row_rest: Tensor | None,
     col_weight: Tensor | None,
-    col_lse: Tensor | None,
+    col_top: Tensor | None,
+    col_rest: Tensor | None,
     row_offset: Tensor | None,
     col_offset: Tensor | None,
     need_x: bool,
@@ -95,23 +133,23 @@ def _grad(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols)
-    if row_lse is None:
+    if row_top is None:
         c = Sigmoid(row_weight)
     else:
-        c = Softmax(row_weight, row_lse, col_weight, col_lse, row_offset, col_offset)
+        col_lse = None if col_top is None else LogSumExp(col_top, col_rest)
+        c = Softmax(row_weight, LogSumExp(row_top, row_rest), col_weight, col_lse, row_offset, col_offset)
     g = dispatch.load(backend).grad(problem, c, need_x=need_x, need_y=need_y, need_bias=need_bias)
-    absent = logit_scale.new_empty
-    return tuple(absent(0) if v is None else v for v in (g.dx, g.dy, g.g_rows, g.g_cols, g.row_sum))
+    return _present(g.dx, g.dy, g.g_rows, g.g_cols, g.row_sum, like=logit_scale)
 
 
 @_grad.register_fake
-def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_lse, col_weight, col_lse,
-      row_offset, col_offset, need_x, need_y, need_bias, backend):  # fmt: skip
+def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_top, row_rest, col_weight, col_top,
+      col_rest, row_offset, col_offset, need_x, need_y, need_bias, backend):  # fmt: skip
     new = logit_scale.new_empty
     return (
         new(x.shape if need_x else 0),
         new(y.shape if need_y and y is not None else 0),
         new(x.shape[0] if need_bias else 0),
         new((x if y is None else y).shape[0] if need_bias else 0),
-        new(x.shape[0] if row_lse is None else 0),
+        new(x.shape[0] if row_top is None else 0),
     )

@@ -1,8 +1,8 @@
-"""Positives whose logits are O(N D): they stay out of the tiles, in float32, forward and backward.
+"""Positives whose logits are O(N D): they stay out of the tiles, in full precision, forward and backward.
 
 Both kinds answer the same two questions, with t_i the mean of the positives of row i:
 
-    mean_logits           <x_i, t_i>, (N,)
+    mean_logits           <x_i, t_i>, (N,) float64
     add_gradients_        dx_i += w_i t_i,  dy_j += sum over the rows i of which j is a positive of w_i x_i / |P(i)|
 
 Added in the wide accumulators before the gradient is rounded, a positive cancels exactly what it must cancel. Where x is
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK = 4096  # rows at a time: bounds the float32 copies of 16-bit rows
+_CHUNK = 1024  # rows at a time: bounds the wide copies of rows
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Partner:
 
     index: Tensor  # (N,) int64
 
-    def mean_logits(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.cat([(x[i].to(dtype) * y[self.index[i]].to(dtype)).sum(1) for i in _chunks(len(x))])
+    def mean_logits(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.cat([(x[i].double() * y[self.index[i]].double()).sum(1) for i in _chunks(len(x))])
 
     def add_gradients_(self, dx: Tensor | None, dy: Tensor | None, x: Tensor, y: Tensor, weight: Tensor) -> None:
         for i in _chunks(len(x)):
@@ -53,12 +53,15 @@ class SameLabel:
         size = torch.zeros_like(group).scatter_add_(0, group, torch.ones_like(group))
         return SameLabel(group, size[group] - 1)
 
-    def mean_logits(self, x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    def mean_logits(self, x: Tensor, y: Tensor) -> Tensor:
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         sums = self._group_sums(x, torch.ones(len(x), dtype=dtype, device=x.device))
-        inverse = self._inverse_count(dtype)
-        return torch.cat([
-            ((sums[self.group[i]] - (own := x[i].to(dtype))) * own).sum(1) * inverse[i] for i in _chunks(len(x))
-        ])
+
+        def others_times_own(i):
+            own = x[i].to(dtype)
+            return ((sums[self.group[i]] - own) * own).sum(1).double()
+
+        return torch.cat([others_times_own(i) for i in _chunks(len(x))]) * self._inverse_count(torch.float64)
 
     def add_gradients_(self, dx: Tensor | None, dy: Tensor | None, x: Tensor, y: Tensor, weight: Tensor) -> None:
         ones, each = torch.ones_like(weight), weight * self._inverse_count(weight.dtype)

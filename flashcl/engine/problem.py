@@ -36,6 +36,7 @@ class Problem:
     program: str = "all"
     rows: tuple[Tensor, ...] = ()  # (N,) integer vectors that the program reads
     cols: tuple[Tensor, ...] = ()  # (M,)
+    center: Tensor | None = None  # (N,) stat_dtype, only with K = 2 and triangular: about the mean positive logit of a row
     triangular: bool = False  # S = S^T: x is y, rows is cols, no biases; walk only the tiles on and above the diagonal
 
     @staticmethod
@@ -48,10 +49,11 @@ class Problem:
         program: str,
         rows: Sequence[Tensor],
         cols: Sequence[Tensor],
+        center: Tensor | None = None,
     ) -> Problem:
         triangular = y is None
         y = x if triangular else y
-        return Problem(x, y, logit_scale, row_bias, col_bias, program, tuple(rows), tuple(cols), triangular)
+        return Problem(x, y, logit_scale, row_bias, col_bias, program, tuple(rows), tuple(cols), center, triangular)
 
     @property
     def classes(self) -> int:
@@ -63,21 +65,46 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class LogSumExp:
+    """log sum exp of many logits as top + rest, so that it is known better than its own dtype could hold it.
+
+    At |s| = 1e4 a float32 log-sum-exp is rounded by 5e-4, and with it every probability; s - top is exact there, and
+    rest is small. `top` is the largest logit or near it: top - 87 < lse. Over no pair top is -inf, over +inf it is +inf.
+    """
+
+    top: Tensor  # (K, N) stat_dtype, K classes
+    rest: Tensor  # (K, N) stat_dtype
+
+    def value(self) -> Tensor:
+        """(K, N) float64"""
+        return self.top.double() + self.rest.double()
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What `sweep` returns for the reduction "logsumexp"."""
+
+    row: LogSumExp  # over the pairs of each row (K, N)
+    col: LogSumExp | None  # of each column (K, M); None where not asked for, and of a triangular problem: it is `row`
+    deviation: Tensor | None = None  # (N,) float64: sum_j (s_ij - center_i) over the positives, if there is a center
+
+
+@dataclass(frozen=True)
 class Softmax:
-    """The coefficients of G for log-sum-exp statistics. `lse` of a row without pairs is -inf: its G is 0.
+    """The coefficients of G for log-sum-exp statistics. A row whose lse.top is -inf has no pairs: its G is 0.
 
     G_ij = row_weight[k, i] exp(s_ij - row_lse[k, i]) + col_weight[k, j] exp(s_ij - col_lse[k, j])     k = class of (i, j)
            - (row_offset[i] + col_offset[j] where k = 1)
 
-    The offset is what the positives of a row would receive were they all alike. It is taken off before G is rounded,
-    because exp(s - lse) and the offset cancel near convergence.
-    Where the problem is triangular the column vectors are None: they are the row vectors.
+    with exp(s - lse) taken as exp((s - top) - rest). The offset is what the positives of a row would receive were they
+    all alike. It is taken off before G is rounded, because exp(s - lse) and the offset cancel near convergence.
+    Where the problem is triangular the column coefficients are None: they are those of the rows.
     """
 
-    row_weight: Tensor  # (K, N)
-    row_lse: Tensor  # (K, N)
+    row_weight: Tensor  # (K, N) stat_dtype
+    row_lse: LogSumExp  # (K, N)
     col_weight: Tensor | None = None  # (K, M); None also where no gradient comes through the columns
-    col_lse: Tensor | None = None  # (K, M)
+    col_lse: LogSumExp | None = None  # (K, M)
     row_offset: Tensor | None = None  # (N,), only with K = 2
     col_offset: Tensor | None = None  # (M,)
 
@@ -104,9 +131,9 @@ class Grads:
 #
 #   unusable(device: torch.device, dtype: torch.dtype) -> str | None
 #       why this backend cannot serve such tensors here, or None
-#   sweep(problem: Problem, reduction: "logsumexp" | "softplus", *, need_cols: bool) -> (row (K, N), col (K, M) | None)
-#       logsumexp: log-sum-exps of every class along the rows and along the columns, -inf over no pair;
-#                  col is None where not needed, and of a triangular problem, where it equals row
-#       softplus:  (sum_j softplus(s_ij) as (1, N), None)
+#   sweep(problem: Problem, *, need_cols: bool) -> Statistics
+#       log-sum-exps of every class along the rows and along the columns
+#   sweep_softplus(problem: Problem) -> Tensor
+#       (N,) stat_dtype: sum_j softplus(s_ij)
 #   grad(problem: Problem, coefficients: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_bias: bool) -> Grads
 #       of a triangular problem need_x asks for the whole gradient

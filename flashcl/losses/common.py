@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flashcl.checks import wide
+
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -24,11 +26,11 @@ def from_negatives(neg: Tensor, pos: Tensor) -> Tensor:
     return F.softplus(neg - pos, threshold=50.0)
 
 
-def reduce(loss: Tensor, reduction: str) -> Tensor:
+def reduce(loss: Tensor, reduction: str, x: Tensor) -> Tensor:
+    """The float64 losses of the rows, reduced, in the dtype of results for embeddings like x."""
     match reduction:
         case "mean":
-            return loss.mean()
+            loss = loss.mean()
         case "sum":
-            return loss.sum()
-        case _:
-            return loss
+            loss = loss.sum()
+    return wide(loss, x)

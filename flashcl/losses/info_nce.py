@@ -53,4 +53,4 @@ def info_nce(
     loss = from_negatives(s.row_neg, s.row_pos)
     if symmetric:
         loss = (loss + from_negatives(s.col_neg, s.row_pos)) / 2
-    return reduce(loss, reduction)
+    return reduce(loss, reduction, x)

@@ -45,4 +45,4 @@ def nt_xent(
     item = (view % n).int()  # equal for the anchor itself and for its positive: neither is a negative
     pairs = Pairs("different", (item,), (item,), partner=view.roll(n))
     s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, backend=dispatch.choose(backend, z))
-    return reduce(from_negatives(s.row_neg, s.row_pos), reduction)
+    return reduce(from_negatives(s.row_neg, s.row_pos), reduction, z)

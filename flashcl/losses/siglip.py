@@ -47,4 +47,4 @@ def siglip(
     loss = softplus_sum(
         x, y, scale, bias.expand(len(x)), pairs, per_row=reduction == "none", backend=dispatch.choose(backend, x)
     )
-    return loss / len(x) if reduction == "mean" else loss
+    return checks.wide(loss / len(x) if reduction == "mean" else loss, x)

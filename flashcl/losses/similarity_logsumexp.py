@@ -53,4 +53,5 @@ def similarity_logsumexp(
     s = log_sum_exp(
         x, y, scale, row_bias, col_bias, pairs, need_cols=axis == "both", backend=dispatch.choose(backend, x)
     )
-    return (s.row_neg, s.col_neg) if axis == "both" else s.row_neg
+    row = checks.wide(s.row_neg, x)
+    return (row, checks.wide(s.col_neg, x)) if axis == "both" else row

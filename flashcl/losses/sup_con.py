@@ -8,7 +8,7 @@ from torch import Tensor
 from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
-from flashcl.losses.common import REDUCTIONS, from_negatives, prepare
+from flashcl.losses.common import REDUCTIONS, from_negatives, prepare, reduce
 
 
 def sup_con(
@@ -50,9 +50,6 @@ def sup_con(
     # Filled before the arithmetic, not after: inf - inf of an anchor that does not count would make its gradient NaN.
     pos, gap = s.row_pos.masked_fill(alone, 0.0), s.row_gap.masked_fill(alone, 0.0)
     loss = (from_negatives(s.row_neg, pos) + gap).masked_fill(alone, 0.0)
-    match reduction:
-        case "mean":
-            return loss.sum() / (~alone).sum().clamp(min=1)
-        case "sum":
-            return loss.sum()
-    return loss
+    if reduction == "mean":
+        loss, reduction = loss / (~alone).sum().clamp(min=1), "sum"
+    return reduce(loss, reduction, z)
