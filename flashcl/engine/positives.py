@@ -17,8 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK = 1024  # rows at a time: bounds the wide copies of rows
-
 
 @dataclass(frozen=True)
 class Partner:
@@ -27,14 +25,15 @@ class Partner:
     index: Tensor  # (N,) int64
 
     def mean_logits(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.cat([(x[i].double() * y[self.index[i]].double()).sum(1) for i in _chunks(len(x))])
+        return torch.cat([(a.double() * y[j].double()).sum(1) for a, j in _in_chunks(x, self.index)])
 
     def add_gradients_(self, dx: Tensor | None, dy: Tensor | None, x: Tensor, y: Tensor, weight: Tensor) -> None:
-        for i in _chunks(len(x)):
-            if dx is not None:
-                dx[i].addcmul_(y[self.index[i]].to(dx.dtype), weight[i, None])
-            if dy is not None:
-                dy.index_add_(0, self.index[i], x[i].to(dy.dtype) * weight[i, None])
+        if dx is not None:
+            for da, j, w in _in_chunks(dx, self.index, weight):
+                da.addcmul_(y[j].to(da.dtype), w[:, None])
+        if dy is not None:
+            for a, j, w in _in_chunks(x, self.index, weight):
+                dy.index_add_(0, j, a.to(dy.dtype) * w[:, None])
 
 
 @dataclass(frozen=True)
@@ -54,14 +53,9 @@ class SameLabel:
         return SameLabel(group, size[group] - 1)
 
     def mean_logits(self, x: Tensor, y: Tensor) -> Tensor:
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        sums = self._group_sums(x, torch.ones(len(x), dtype=dtype, device=x.device))
-
-        def others_times_own(i):
-            own = x[i].to(dtype)
-            return ((sums[self.group[i]] - own) * own).sum(1).double()
-
-        return torch.cat([others_times_own(i) for i in _chunks(len(x))]) * self._inverse_count(torch.float64)
+        sums = self._group_sums(x, torch.ones(len(x), dtype=_wide(x), device=x.device))
+        total = [((sums[k] - a.to(sums.dtype)) * a).sum(1) for a, k in _in_chunks(x, self.group)]
+        return torch.cat(total).double() * self._inverse_count(torch.float64)
 
     def add_gradients_(self, dx: Tensor | None, dy: Tensor | None, x: Tensor, y: Tensor, weight: Tensor) -> None:
         ones, each = torch.ones_like(weight), weight * self._inverse_count(weight.dtype)
@@ -69,9 +63,8 @@ class SameLabel:
             if gradient is None:
                 continue
             sums = self._group_sums(x, inner)
-            for i in _chunks(len(x)):
-                others = sums[self.group[i]] - x[i].to(weight.dtype) * inner[i, None]
-                gradient[i].addcmul_(others, outer[i, None])
+            for g, a, k, o, i in _in_chunks(gradient, x, self.group, outer, inner):
+                g.addcmul_(sums[k] - a.to(g.dtype) * i[:, None], o[:, None])
 
     def _inverse_count(self, dtype: torch.dtype) -> Tensor:
         return torch.where(self.count > 0, 1 / self.count.to(dtype), 0.0)
@@ -79,12 +72,19 @@ class SameLabel:
     def _group_sums(self, x: Tensor, weight: Tensor) -> Tensor:
         """Sum of weight_i x_i over each group, (N, D): the number of groups is known to the device alone."""
         sums = torch.zeros(x.shape, dtype=weight.dtype, device=x.device)
-        for i in _chunks(len(x)):
-            rows = x[i].to(weight.dtype) * weight[i, None]
+        for a, k, w in _in_chunks(x, self.group, weight):
             # On a GPU index_put_ sorts and so adds in a fixed order; index_add_ would add in any.
-            sums.index_put_((self.group[i],), rows, accumulate=True)
+            sums.index_put_((k,), a.to(w.dtype) * w[:, None], accumulate=True)
         return sums
 
 
-def _chunks(n: int) -> Iterator[slice]:
-    return (slice(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK))
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors a few rows at a time, side by side: bounds the wide copies that are made of them.
+
+    By split, since a loop over row numbers would make torch.compile compile anew for each N.
+    """
+    return zip(*(v.split(1024) for v in tensors))

@@ -1,0 +1,115 @@
+"""The boundary to PyTorch: registered operators, torch.compile, second derivatives, dispatch, memory."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import flashcl
+from flashcl.engine import dispatch, ops
+
+
+def leaf(n=9, d=5, seed=0, dtype=torch.float64):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_()
+
+
+def scalar(value):
+    return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+
+CALLS = {
+    "info_nce": lambda x, y, t: flashcl.info_nce(x, y, temperature=t),
+    "info_nce one-way": lambda x, y, t: flashcl.info_nce(x, y, temperature=t, symmetric=False, reduction="none").sum(),
+    "siglip": lambda x, y, t: flashcl.siglip(x, y, logit_scale=1 / t, logit_bias=-t),
+    "siglip none": lambda x, y, t: flashcl.siglip(x, y, logit_scale=1 / t, logit_bias=-t, reduction="none").sum(),
+    "nt_xent": lambda x, y, t: flashcl.nt_xent(x, y, temperature=t),
+    "sup_con": lambda x, y, t: flashcl.sup_con(x + y, torch.arange(len(x)) // 3, temperature=t),
+    "logsumexp": lambda x, y, t: sum(v.sum() for v in flashcl.similarity_logsumexp(x, y, logit_scale=t)),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_as_one_graph_it_is_the_same(name):
+    """Eager and compiled agree bit by bit, backward too, and another N does not compile again."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(CALLS[name], fullgraph=True, backend="aot_eager", dynamic=True)
+    graphs = []
+    for n in (9, 18, 27):
+        x, y, t = leaf(n), leaf(n, seed=1), scalar(0.3)
+        expected, got = CALLS[name](x, y, t), compiled(x, y, t)
+        assert torch.equal(expected, got)
+        for a, b in zip(torch.autograd.grad(expected, (x, y, t)), torch.autograd.grad(got, (x, y, t))):
+            assert torch.equal(a, b)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[-1] == graphs[-2] <= 2, graphs  # the second size may show Dynamo that a size is not a constant
+
+
+def test_operators_keep_their_word(monkeypatch):
+    """Schema, fake implementation and aliasing of each operator, with arguments as the losses pass them."""
+    seen = []
+    for op in ("_sweep", "_sweep_softplus", "_grad"):
+        real = getattr(ops, op)
+        monkeypatch.setattr(ops, op, lambda *args, real=real: (seen.append((real, args)), real(*args))[1])
+    for call in CALLS.values():
+        call(leaf(), leaf(seed=1), scalar(0.3)).backward()
+    checked = set()
+    for op, args in seen:
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+        checked.add(op._qualname)
+    assert checked == {"flashcl::sweep", "flashcl::sweep_softplus", "flashcl::grad"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_second_derivatives_are_refused(name):
+    """Refused, not silently dropped: a gradient penalty would otherwise have no effect."""
+    x, y, t = leaf(), leaf(seed=1), scalar(0.3)
+    with pytest.raises(NotImplementedError, match="first derivatives only.*flashcl.reference"):
+        torch.autograd.grad(CALLS[name](x, y, t), x, create_graph=True)
+
+
+def test_the_kernels_of_a_gpu_are_not_taken_on_a_cpu():
+    text = flashcl.explain(leaf(), leaf())
+    assert "-> torch: chosen" in text
+    assert re.search(r"triton: .*cpu", text) and re.search(r"cuda: .*cpu", text)
+
+
+def test_verified_generations_stand_on_a_file():
+    results = Path(__file__).parents[1] / "bench" / "results"
+    for backend, generations in dispatch.VERIFIED.items():
+        for major, minor in generations:
+            assert json.loads((results / f"verified-{backend}-sm{major}{minor}.json").read_text())
+
+
+def test_every_backend_that_is_named_exists_and_says_what_it_can():
+    for name in dispatch.BACKENDS:
+        reason = dispatch.unusable(name, torch.device("cpu"), torch.float64)
+        assert (reason is None) == (name == "torch"), (name, reason)
+
+
+MEMORY = """
+import resource, sys, torch, flashcl
+loss, n = sys.argv[1], int(sys.argv[2])
+x, y = (torch.nn.functional.normalize(torch.randn(n, 32), dim=1).requires_grad_() for _ in range(2))
+calls = dict(
+    info_nce=lambda x, y: flashcl.info_nce(x, y, temperature=0.07),
+    siglip=lambda x, y: flashcl.siglip(x, y, logit_scale=10.0, logit_bias=-10.0),
+    nt_xent=lambda x, y: flashcl.nt_xent(x, y),
+    sup_con=lambda x, y: flashcl.sup_con(x, torch.arange(len(x)) // 4),
+)
+calls[loss](x[:2048], y[:2048]).backward()  # libraries allocate on first use
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+calls[loss](x, y).backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "siglip", "nt_xent", "sup_con"])
+def test_memory_does_not_hold_the_logits(loss):
+    """12,288 rows: the logits alone would be 600 MB in float32, what is measured are a few tiles."""
+    run = subprocess.run([sys.executable, "-c", MEMORY, loss, "12288"], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 64 * 1024, f"{int(run.stdout) / 1024:.0f} MB more"

@@ -1,0 +1,83 @@
+"""The losses as modules: published initialisations, clamp, what they compute."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import flashcl
+
+
+@pytest.fixture
+def views():
+    generator = torch.Generator().manual_seed(0)
+    return [F.normalize(torch.randn(12, 8, generator=generator), dim=1) for _ in range(2)]
+
+
+def test_clip_initialisation(views):
+    loss = flashcl.InfoNCELoss()
+    assert [name for name, _ in loss.named_parameters()] == ["log_logit_scale"]
+    assert loss.logit_scale.item() == pytest.approx(1 / 0.07)
+    assert torch.equal(loss(*views), flashcl.info_nce(*views, logit_scale=loss.logit_scale))
+
+
+def test_siglip_initialisation(views):
+    loss = flashcl.SigLIPLoss()
+    assert sorted(name for name, _ in loss.named_parameters()) == ["log_logit_scale", "logit_bias"]
+    assert loss.logit_scale.item() == pytest.approx(10.0) and loss.logit_bias.item() == -10.0
+    loss(*views).backward()
+    assert loss.log_logit_scale.grad.abs() > 0 and loss.logit_bias.grad.abs() > 0
+
+
+@pytest.mark.parametrize("make, temperature", [(flashcl.NTXentLoss, 0.5), (flashcl.SupConLoss, 0.07)])
+def test_fixed_temperature_is_state_but_no_parameter(make, temperature):
+    loss = make()
+    assert list(loss.parameters()) == [] and list(loss.state_dict()) == ["log_logit_scale"]
+    assert 1 / loss.logit_scale.item() == pytest.approx(temperature)
+    assert len(list(make(learnable=True).parameters())) == 1
+
+
+def test_nt_xent_and_sup_con_compute_the_functions(views):
+    labels = torch.arange(12) // 3
+    assert flashcl.NTXentLoss(0.2)(*views).item() == pytest.approx(flashcl.nt_xent(*views, temperature=0.2).item())
+    expected = flashcl.sup_con(views[0], labels, temperature=0.1).item()
+    assert flashcl.SupConLoss(0.1)(views[0], labels).item() == pytest.approx(expected)
+
+
+def test_scale_is_clamped_at_100_and_can_come_back(views):
+    """With pairs that contradict the labels the gradient lowers the scale: the clamp must not have stopped it."""
+    x, y = views
+    loss = flashcl.InfoNCELoss()
+    with torch.no_grad():
+        loss.log_logit_scale.fill_(math.log(1000.0))
+    loss(x, -x).backward()
+    assert loss.log_logit_scale.item() == pytest.approx(math.log(100.0))
+    assert loss.log_logit_scale.grad > 0
+    torch.optim.SGD(loss.parameters(), lr=0.01).step()
+    assert loss.logit_scale.item() < 100.0
+
+
+def test_options_go_to_the_function(views):
+    x, y = views
+    loss = flashcl.InfoNCELoss(symmetric=False, reduction="none", normalize=True)
+    expected = flashcl.info_nce(
+        3 * x, y, logit_scale=loss.logit_scale, symmetric=False, reduction="none", normalize=True
+    )
+    assert loss(3 * x, y).shape == (12,) and torch.equal(loss(3 * x, y), expected)
+    assert "learnable" in repr(loss) and "symmetric=False" in repr(loss)
+
+
+def test_modules_train():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(32, 16, generator=generator)
+    y = torch.nn.Parameter(torch.randn(32, 16, generator=generator))
+    loss = flashcl.InfoNCELoss(normalize=True)
+    optimizer = torch.optim.Adam([y, *loss.parameters()], lr=0.05)
+    first = loss(x, y).item()
+    for _ in range(50):
+        optimizer.zero_grad()
+        value = loss(x, y)
+        value.backward()
+        optimizer.step()
+    assert value.item() < 0.1 * first and loss.logit_scale.item() != pytest.approx(1 / 0.07)
