@@ -25,7 +25,9 @@ class Partner:
     index: Tensor  # (N,) int64
 
     def mean_logits(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.cat([(a.double() * y[j].double()).sum(1) for a, j in _in_chunks(x, self.index)])
+        dtype = _wide(x)
+        products = (a.to(dtype) * y[j].to(dtype) for a, j in _in_chunks(x, self.index))
+        return torch.cat([product.sum(1, dtype=torch.float64) for product in products])
 
     def add_gradients_(self, dx: Tensor | None, dy: Tensor | None, x: Tensor, y: Tensor, weight: Tensor) -> None:
         if dx is not None:
