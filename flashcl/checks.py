@@ -57,8 +57,10 @@ def logit_scale(x: Tensor, *, temperature: float | Tensor | None, logit_scale: f
             f"exactly one of temperature and logit_scale must be given, got temperature={temperature!r} and "
             f"logit_scale={logit_scale!r}"
         )
-    if temperature is None:
-        return scalar("logit_scale", logit_scale, x)
+    return scalar("logit_scale", logit_scale, x) if temperature is None else inverse_temperature(temperature, x)
+
+
+def inverse_temperature(temperature: float | Tensor, x: Tensor) -> Tensor:
     return wide(scalar("temperature", temperature, x, positive=True), x).reciprocal()
 
 

@@ -1,4 +1,4 @@
-"""The model of `flashcl demo`: hashed word features, and two small towers over one table that put text and code in one space."""
+"""The model of `flashcl demo`: hashed word features, and two small towers that put text and code in one space."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-BUCKETS = 2**16
+BUCKETS = 2**15
 WIDTH, HIDDEN, DIM = 128, 256, 64
 DROPPED_FEATURES = 0.2  # in training: no pair shall be told by a single rare word
 MAX_WORDS = 400

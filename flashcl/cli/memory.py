@@ -1,7 +1,7 @@
 """The peak memory of a loss, measured: forward and backward on random unit vectors, beyond the embeddings themselves.
 
-On CUDA: the caching allocator's own peak. On the CPU: the peak resident set (VmHWM of /proc/self/status) of a process that does
-nothing else, reset before each loss. `getrusage` would not do: a new process inherits its parent's maximum there.
+On CUDA: the caching allocator's own peak. On the CPU: the peak resident set (VmHWM of /proc/self/status) of a process
+that does nothing else, reset before each loss. `getrusage` would not do: a new process inherits its parent's maximum.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FIRST_GUESS = 6  # (N, N) float32 matrices that dense holds at its peak; used un
 
 
 class Measured(NamedTuple):
-    """Bytes at the peak; None where the loss was not run because it would need `needed` bytes, more than is free."""
+    """Bytes at the peak (0: too few to be seen), or None where the loss was not run as it would need `needed` bytes."""
 
     loss: str
     batch: int
@@ -58,7 +58,7 @@ def measure_all(device: torch.device, batches: list[int], dim: int) -> Iterator[
     code = "from flashcl.cli import memory; memory.child()"
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        # glibc: every tensor gets pages of its own, given back when it is freed, so that the resident set is what is alive
+        # glibc: every tensor gets pages of its own, given back when it is freed: the resident set is what is alive
         "MALLOC_MMAP_THRESHOLD_": "65536",
     }
     command = [sys.executable, "-c", code, json.dumps([batches, dim])]

@@ -37,7 +37,7 @@ def nt_xent(
     checks.same_rows("z1", z1, "z2", z2, "they are views of the same items")
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.no_group(group)
-    scale = checks.logit_scale(z1, temperature=temperature, logit_scale=None)
+    scale = checks.inverse_temperature(temperature, z1)
     z = torch.cat(prepare(normalize, z1, z2))
 
     n = len(z1)

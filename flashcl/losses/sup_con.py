@@ -38,7 +38,7 @@ def sup_con(
     checks.labels(labels, len(z), z)
     checks.one_of("reduction", reduction, REDUCTIONS)
     checks.no_group(group)
-    scale = checks.logit_scale(z, temperature=temperature, logit_scale=None)
+    scale = checks.inverse_temperature(temperature, z)
     (z,) = prepare(normalize, z)
 
     labels = labels.long()
