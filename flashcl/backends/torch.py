@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,8 +26,10 @@ _CPU_TILE, _GPU_TILE = 1024, 4096
 # beside a sum of this size they are 1e-8.
 _SAFE_SUM = 1e-27
 
-# exp(s - low) * exp(low - lse) stays within the range of float32, e^88, on both sides if all lse lie this close above low.
-_SAFE_SPREAD = 60.0
+# The log-sum-exps of a tile may share one exp per logit, exp(s - low) * exp(low - lse), where they lie this close above
+# low. Overflow would allow 60; but s - low is rounded by up to half a unit in the last place of the spread, which at 8 is
+# 5e-7 of the result.
+_SPREAD = 8.0
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -52,8 +55,8 @@ class _Tiles:
             i = slice(start, min(start + self.edge, len(self.p.x)))
             yield i, self.p.x[i].to(self.operand_dtype)  # (BN, D)
 
-    def along(self, i: slice, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor | None, Tensor]]:
-        """The tiles of the row block i: columns j, y[j], logits s, which pairs are positives, and a free buffer."""
+    def along(self, i: slice, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, _Classes, Tensor]]:
+        """The tiles of the row block i: columns j, y[j], logits s, classes of the pairs, and a free buffer."""
         for start in range(i.start if self.p.triangular else 0, len(self.p.y), self.edge):
             j = slice(start, min(start + self.edge, len(self.p.y)))
             y = self.p.y[j].to(self.operand_dtype)  # (BM, D)
@@ -64,29 +67,36 @@ class _Tiles:
                 s.add_(self.p.row_bias[i, None])
             if self.p.col_bias is not None:
                 s.add_(self.p.col_bias[j])
-            positive = _apply(self.p.program, s, [v[i] for v in self.p.rows], [v[j] for v in self.p.cols])
-            yield j, y, s, positive, free
+            classes = _classes(self.p.program, [v[i] for v in self.p.rows], [v[j] for v in self.p.cols])
+            if classes.dropped is not None:
+                s.masked_fill_(classes.dropped, -torch.inf)
+            yield j, y, s, classes, free
 
 
-def _apply(program: str, s: Tensor, rows: list[Tensor], cols: list[Tensor]) -> Tensor | None:
-    """Drops pairs from s (BN, BM) in place; returns which are positives, (BN, BM), for programs that have a second class."""
+class _Classes(NamedTuple):
+    """What a pair program says of a tile: (BN, BM) masks, None where they would be empty."""
+
+    dropped: Tensor | None
+    positive: Tensor | None = None
+
+
+def _classes(program: str, rows: list[Tensor], cols: list[Tensor]) -> _Classes:
     match program:
         case "all":
-            return None
+            return _Classes(None)
         case "different":
-            _drop_equal(s, rows[0], cols[0])
-            return None
+            return _Classes(_equal(rows[0], cols[0]))
         case "by_label":
-            _drop_equal(s, rows[0], cols[0])
-            return (rows[1][:, None] == cols[1]).logical_and_(rows[0][:, None] != cols[0])
+            same, positive = _equal(rows[0], cols[0]), rows[1][:, None] == cols[1]
+            return _Classes(same, positive if same is None else positive & ~same)
     raise ValueError(f"the torch backend has no pair program {program!r}")
 
 
-def _drop_equal(s: Tensor, row_id: Tensor, col_id: Tensor) -> None:
-    # Ids mostly are row numbers: then only the tiles on the diagonal have pairs to drop. Only a CPU may look.
-    if s.device.type == "cpu" and (row_id.max() < col_id.min() or col_id.max() < row_id.min()):
-        return
-    s.masked_fill_(row_id[:, None] == col_id, -torch.inf)
+def _equal(row_id: Tensor, col_id: Tensor) -> Tensor | None:
+    # Ids mostly are row numbers: then only the tiles on the diagonal have equal ones. Only a CPU may look.
+    if row_id.device.type == "cpu" and (row_id.max() < col_id.min() or col_id.max() < row_id.min()):
+        return None
+    return row_id[:, None] == col_id
 
 
 # ---- sweep ---------------------------------------------------------------------------------------------------------------
@@ -99,13 +109,13 @@ def sweep(p: Problem, *, need_cols: bool) -> Statistics:
     deviation = None if p.center is None else torch.zeros(len(p.x), dtype=torch.float64, device=p.x.device)
     tiles = _Tiles(p)
     for i, x in tiles.rows():
-        for j, _, s, positive, free in tiles.along(i, x):
+        for j, _, s, classes, free in tiles.along(i, x):
             mirrored = p.triangular and j.start > i.start
             if deviation is not None:
-                deviation[i] += _masked_sum(torch.sub(s, p.center[i, None], out=free), positive, 1)
+                deviation[i] += _masked_sum(torch.sub(s, p.center[i, None], out=free), classes.positive, 1)
                 if mirrored:
-                    deviation[j] += _masked_sum(torch.sub(s, p.center[j], out=free), positive, 0)
-            for k, part in enumerate(_split(s, positive)):
+                    deviation[j] += _masked_sum(torch.sub(s, p.center[j], out=free), classes.positive, 0)
+            for k, part in enumerate(_split(s, classes.positive)):
                 in_rows, in_cols = _tile_sums(part, free, need_cols=need_cols or mirrored)
                 row.add(k, i, *in_rows)
                 if in_cols is not None:
@@ -194,18 +204,20 @@ def grad(p: Problem, c: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_b
     row_sum = zeros(len(p.x)) if isinstance(c, Sigmoid) else None
 
     for i, x in tiles.rows():
-        for j, y, s, positive, free in tiles.along(i, x):
+        for j, y, s, classes, free in tiles.along(i, x):
             if isinstance(c, Sigmoid):
                 row_sum[i] += softplus(s).sum(1) * c.row_weight[i]
                 g = s.sigmoid_().mul_(c.row_weight[i, None])  # (BN, BM)
             else:
-                g = _softmax_tile(s, positive, free, *_coefficients(c, p, i, j))
+                g = _softmax_tile(s, classes.positive, free, *_coefficients(c, p, i, j))
+                if classes.dropped is not None:  # 0 already, unless the log-sum-exp of its row is NaN
+                    g.masked_fill_(classes.dropped, 0.0)
                 if p.triangular and j.start == i.start:
                     # Not exp(s_ij - lse_j): a GEMM may round s_ij and s_ji apart, and lse_j has seen s_ji.
                     g = g + g.T
             if need_bias:
-                g_rows[i] += g.sum(1)
-                g_cols[j] += g.sum(0)
+                g_rows[i] += g.sum(1, dtype=torch.float64)
+                g_cols[j] += g.sum(0, dtype=torch.float64)
             if lift is not None:
                 g = (g * lift).to(tiles.operand_dtype)
             if need_x:
@@ -235,9 +247,10 @@ class _Coefficients:
         if weight is None:
             return None
         # exp(s - inf) = 0: a row without pairs has no gradient, where exp(-inf - -inf) would be NaN.
-        top = lse.top[:, block]
-        top = top.masked_fill(top == -torch.inf, torch.inf)
-        return _Coefficients(weight[:, block], LogSumExp(top, lse.rest[:, block]), None if offset is None else offset[block])
+        top, rest = lse.top[:, block], lse.rest[:, block]
+        empty = top == -torch.inf
+        lse = LogSumExp(top.masked_fill(empty, torch.inf), rest.masked_fill(empty, 0.0))
+        return _Coefficients(weight[:, block], lse, None if offset is None else offset[block])
 
 
 def _coefficients(c: Softmax, p: Problem, i: slice, j: slice) -> tuple[_Coefficients, _Coefficients | None]:
@@ -266,24 +279,21 @@ def _weighted_exp(s: Tensor, free: Tensor, row: _Coefficients, col: _Coefficient
         return s.sub_(top[:, None]).exp_().mul_((weight * torch.exp(-rest))[:, None])
     col_top, col_rest, col_weight = col.lse.top[k], col.lse.rest[k], col.weight[k]  # (BM,)
     if s.device.type == "cpu" and (low := _common_shift(top + rest, col_top + col_rest)) is not None:
-        a = weight * torch.exp((low - top) - rest)
-        b = col_weight * torch.exp((low - col_top) - col_rest)
+        a = (weight * torch.exp((low - top.double()) - rest)).to(s.dtype)
+        b = (col_weight * torch.exp((low - col_top.double()) - col_rest)).to(s.dtype)
         return s.sub_(low).exp_().mul_(torch.add(a[:, None], b, out=free))
     torch.sub(s, top[:, None], out=free).sub_(rest[:, None]).exp_().mul_(weight[:, None])
     return s.sub_(col_top).sub_(col_rest).exp_().mul_(col_weight).add_(free)
 
 
 def _common_shift(row_lse: Tensor, col_lse: Tensor) -> Tensor | None:
-    """The smallest finite lse of a tile if all lie within _SAFE_SPREAD of it.
-
-    Every logit lies below its own lse, so exp(s - low) <= e^60; and exp(low - lse) >= e^-60 loses nothing either.
-    """
+    """The smallest finite lse of a tile if all lie within _SPREAD of it: every logit of weight is as near."""
     lse = torch.cat([row_lse, col_lse])
     lse = lse[lse.isfinite()]
     if not len(lse):
         return None
     low, high = lse.aminmax()
-    return low if high - low <= _SAFE_SPREAD else None
+    return low if high - low < _SPREAD else None
 
 
 def _lift(c: Softmax | Sigmoid) -> Tensor:

@@ -23,7 +23,9 @@ def prepare(normalize: bool, *embeddings: Tensor) -> list[Tensor]:
 
 def from_negatives(neg: Tensor, pos: Tensor) -> Tensor:
     """-log softmax of the positive, log(e^pos + e^neg) - pos, exact also where the positive has nearly all the mass."""
-    return F.softplus(neg - pos, threshold=50.0)
+    # A softmax over an infinite logit is NaN, and so are its gradients: softplus alone would return 0 or inf.
+    undefined = (neg == torch.inf) | (pos == torch.inf)
+    return F.softplus((neg - pos) * torch.where(undefined, torch.nan, 1.0), threshold=50.0)
 
 
 def reduce(loss: Tensor, reduction: str, x: Tensor) -> Tensor:
