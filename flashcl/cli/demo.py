@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import flashcl
@@ -19,6 +20,7 @@ from flashcl.cli import corpus, memory, report, search
 from flashcl.cli.encoder import DIM, Bags, Encoder
 from flashcl.cli.info import default_device, describe
 from flashcl.cli.memory import Measured
+from flashcl.cli.report import Run
 
 LEARNING_RATE = 0.03
 LARGE_BATCH = {"cpu": 16_384, "cuda": 32_768}
@@ -37,19 +39,6 @@ class Data:
 
     def to(self, device: torch.device) -> Data:
         return Data(self.text.to(device), self.code.to(device), self.train, self.test)
-
-
-@dataclass
-class Run:
-    """One training run and what came of it."""
-
-    loss: str
-    batch: int
-    losses: list[float]
-    seconds_per_step: float
-    recall1: float
-    recall10: float
-    encoder: Encoder
 
 
 def add_parser(commands) -> None:
@@ -91,6 +80,8 @@ def run(args) -> int:
         print("--device cuda: torch finds no CUDA GPU here")
         return 1
     device = default_device() if args.device == "auto" else torch.device(args.device)
+    if device.type == "cpu":
+        choose_threads()
     machine = f"flashcl {flashcl.__version__}, torch {torch.__version__}, {describe(device)}"
     print(machine)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -108,11 +99,34 @@ def run(args) -> int:
     runs = list(train_all(args, data, device, batch, large, measured))
     best = max((run for run in runs if run.loss == "flashcl"), key=lambda run: run.recall10)
     search.save(best.encoder, data.code, pairs, args.out / "encoder.pt")
-    print("\n" + summary(runs, untrained, measured, data, device))
+    print("\n" + report.summary(runs, untrained, measured, len(data.test), device))
     draw(runs, measured, args.out / "demo.png", machine, device)
     print(f"encoder of the run with batch {best.batch:,}: {args.out / 'encoder.pt'}. Ask it:")
     print('    flashcl demo --search "parse a date from a string"')
     return 0
+
+
+def choose_threads() -> None:
+    """As many threads as make the loss fastest now: all of them, or on a busy machine fewer.
+
+    Threads that must share a core make every parallel operation wait for the one that is not running: up to ten times
+    slower than a single thread.
+    """
+    x = F.normalize(torch.randn(1024, DIM, generator=torch.Generator().manual_seed(0)))
+    every = torch.get_num_threads()
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        start = time.perf_counter()
+        for _ in range(5):
+            flashcl.info_nce(x, x, temperature=0.07)
+        return time.perf_counter() - start
+
+    seconds(every)  # the first calls load and start things
+    best = min((every >> k for k in range(every.bit_length())), key=seconds)
+    torch.set_num_threads(best)
+    if best < every:
+        print(f"{best} of {every} threads: more are slower now, other programs use the cores")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -154,18 +168,14 @@ def batches(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
 
 
 def measure_memory(device: torch.device, batch: int, large: int) -> list[Measured]:
-    """Both losses from the small batch to twice the large one, each size about twice the one before."""
+    """Both losses from the small batch, four times that, and so on, to the large one and twice that."""
     if not memory.measurable(device):
         print("memory of the loss: not measured, it needs a CUDA GPU or Linux")
         return []
-    doublings = max(1, round(math.log2(large / batch)))
-    sizes = sorted({batch * 2**k for k in range(doublings)} | {batch, large, 2 * large})
+    between = [batch * 4**k for k in range(1, 16) if batch * 4**k <= large / 2]
+    sizes = sorted({batch, *between, large, 2 * large})
     total = len(sizes) * len(memory.LOSSES)
     return list(report.track(memory.measure_all(device, sizes, DIM), total, "measuring the memory of the loss"))
-
-
-def at(measured: list[Measured], loss: str, batch: int) -> Measured | None:
-    return next((m for m in measured if (m.loss, m.batch) == (loss, batch)), None)
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
@@ -173,7 +183,7 @@ def at(measured: list[Measured], loss: str, batch: int) -> Measured | None:
 
 def train_all(args, data: Data, device, batch: int, large: int, measured: list[Measured]) -> Iterator[Run]:
     """dense and flashcl with the same seed and the same batches in the same order, then flashcl at the large batch."""
-    dense = at(measured, "dense", batch)
+    dense = memory.find(measured, "dense", batch)
     if dense is None or dense.peak is not None:
         yield train("dense", data, device, batch, args.steps, math.inf, args.seed)
     yield train("flashcl", data, device, batch, args.steps, math.inf, args.seed)
@@ -237,51 +247,6 @@ def recall(encoder: Encoder, data: Data) -> tuple[float, float]:
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------
-
-
-def summary(runs: list[Run], untrained: tuple[float, float], measured: list[Measured], data: Data, device) -> str:
-    """The table of runs and how to read it."""
-    header = ["loss", "batch", "steps", "pairs seen", "recall@1", "recall@10", "final loss", "time/step", "loss memory"]
-    rows = [["untrained", "", "", "", f"{untrained[0]:.1%}", f"{untrained[1]:.1%}", "", "", ""]]
-    for run in runs:
-        m = at(measured, run.loss, run.batch)
-        seen = [f"{run.batch:,}", f"{len(run.losses):,}", f"{run.batch * len(run.losses):,}"]
-        scores = [f"{run.recall1:.1%}", f"{run.recall10:.1%}", f"{run.losses[-1]:.3f}"]
-        cost = [f"{run.seconds_per_step * 1000:,.0f} ms", report.size(m.peak) if m and m.peak else "not measured"]
-        rows.append([run.loss, *seen, *scores, *cost])
-    trained = {run.batch for run in runs if run.loss == "dense"}
-    rows += [_not_trained(m) for m in measured if m.loss == "dense" and m.batch in {r.batch for r in runs} - trained]
-    notes = [
-        f"recall: the right one of {len(data.test):,} held-out functions comes first / is among the first ten "
-        f"(by chance {1 / len(data.test):.2%} / {min(1, 10 / len(data.test)):.2%})",
-        "final loss: of the last step; it grows with log(batch), so compare it within a batch only",
-    ]
-    if measured:
-        method = memory.METHOD[device.type]
-        notes.append(f"loss memory: measured peak of forward and backward of the loss, without the towers ({method})")
-    if difference := loss_difference(runs):
-        notes.append(difference)
-    if len(runs[-1].losses) < len(runs[0].losses):
-        notes.append(f"batch {runs[-1].batch:,} was ended by its time limit; --seconds gives it more")
-    return "\n".join([report.table(header, rows), "", *notes])
-
-
-def _not_trained(m: Measured) -> list[str]:
-    if m.peak is None:
-        return [m.loss, f"{m.batch:,}", f"not run: its loss would need {report.size(m.needed)}"]
-    return [m.loss, f"{m.batch:,}", f"not trained: its loss alone takes {report.size(m.peak)} (measured)"]
-
-
-def loss_difference(runs: list[Run]) -> str | None:
-    """How far apart dense and flashcl at the same batch are."""
-    curves = [run.losses for run in runs if run.batch == runs[0].batch]
-    if len(curves) != 2:
-        return None
-    gaps = [abs(a - b) for a, b in zip(*curves)]
-    return (
-        f"dense and flashcl at batch {runs[0].batch:,}: max |difference| of their losses {max(gaps[:10]):.1e} in the "
-        f"first ten steps,\n    {max(gaps):.1e} in all {len(gaps)} (rounding, which training amplifies)"
-    )
 
 
 def draw(runs: list[Run], measured: list[Measured], path: Path, machine: str, device: torch.device) -> None:

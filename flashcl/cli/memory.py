@@ -60,6 +60,7 @@ def measure_all(device: torch.device, batches: list[int], dim: int) -> Iterator[
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         # glibc: every tensor gets pages of its own, given back when it is freed: the resident set is what is alive
         "MALLOC_MMAP_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     command = [sys.executable, "-c", code, json.dumps([batches, dim])]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -67,6 +68,10 @@ def measure_all(device: torch.device, batches: list[int], dim: int) -> Iterator[
             yield Measured(*json.loads(line))
     if process.returncode:
         raise RuntimeError(f"the process that measures memory ended with code {process.returncode}")
+
+
+def find(measured: list[Measured], loss: str, batch: int) -> Measured | None:
+    return next((m for m in measured if (m.loss, m.batch) == (loss, batch)), None)
 
 
 def child() -> None:

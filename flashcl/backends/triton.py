@@ -1,0 +1,301 @@
+"""The triton backend: blocks of S go through the kernels of flashcl.triton_kernels, the G they leave through library GEMMs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import torch
+import triton
+from torch import Tensor
+
+from flashcl.backends.gemm import addmm_
+from flashcl.engine.problem import Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
+from flashcl.triton_kernels import config, grad as grad_kernels, sweep as sweep_kernels
+from flashcl.triton_kernels.grad import Side, Sums
+from flashcl.triton_kernels.programs import PROGRAMS
+from flashcl.triton_kernels.sweep import Lines
+from flashcl.triton_kernels.tile import Block
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.float64:
+        return "float64 is served by the torch backend"
+    if device.type == "cuda":
+        arch = torch.cuda.get_device_capability(device)
+        return None if arch >= (8, 0) else f"the kernels need sm_80 or later, this is sm_{arch[0]}{arch[1]}"
+    if device.type == "cpu" and INTERPRETED:
+        return None
+    return f"the kernels run on CUDA devices, not on {device.type}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Which tiles a call uses, and how much memory: by default what config says. Tests and tools pass their own."""
+
+    tile: config.Tile
+    square: config.Tile  # of the blocks on the diagonal of a triangular problem
+    workspace: int = config.WORKSPACE
+
+    @classmethod
+    def of(cls, p: Problem, kernel: str) -> Plan:
+        row = config.row(_arch(p.x.device), kernel, p.x.dtype)
+        return cls(row.tile, row.square)
+
+
+def _many_vectors(p: Problem) -> bool:
+    return p.classes == 2 or p.row_bias is not None or p.col_bias is not None
+
+
+def _arch(device: torch.device) -> int:
+    if INTERPRETED:
+        return config.INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+# ---- sweep ---------------------------------------------------------------------------------------------------------------
+
+
+def sweep(p: Problem, *, need_cols: bool, plan: Plan | None = None) -> Statistics:
+    plan = plan or Plan.of(p, "sweep2" if _many_vectors(p) else "sweep")
+    p, program = _loadable(p), PROGRAMS[p.program]
+    row = _no_pairs(p, len(p.x))  # (K, 2, N)
+    col = row if p.triangular else _no_pairs(p, len(p.y)) if need_cols else None
+    deviation = None if p.center is None else torch.zeros(len(p.x), dtype=torch.float64, device=p.x.device)
+
+    for i, j, diagonal in _blocks(p, plan, cells=plan.workspace / _bytes_of_sums(p, plan)):
+        tile = plan.square if diagonal else plan.tile
+        x, y, block = _block(p, i, j)
+        tiles_n, tiles_m = triton.cdiv(block.N, tile.BN), triton.cdiv(block.M, tile.BM)
+        rows = _lines(p, tiles_m, tiles_n * tile.BN, i)
+        cols = None if col is None else rows if diagonal else _lines(p, tiles_n, tiles_m * tile.BM, j)
+        sweep_kernels.sweep(x, y, block, rows, cols, None, program, diagonal, tile)
+        for lines, out, at in ((rows, row, i), (cols, col, j))[: 1 if diagonal or col is None else 2]:
+            sweep_kernels.fold(lines.sums, out[:, :, at])
+            if deviation is not None:
+                deviation[at] += lines.deviation.sum(0, dtype=torch.float64)[: at.stop - at.start]
+    return Statistics(_log_sum_exp(row), _log_sum_exp(col) if need_cols and not p.triangular else None, deviation)
+
+
+def _no_pairs(p: Problem, n: int) -> Tensor:
+    """top and total of every class, (K, 2, n), over no pair."""
+    sums = torch.zeros(p.classes, 2, n, device=p.x.device)
+    sums[:, 0] = -torch.inf
+    return sums
+
+
+def _log_sum_exp(sums: Tensor) -> LogSumExp:
+    return LogSumExp(sums[:, 0].contiguous(), sums[:, 1].log())
+
+
+def _lines(p: Problem, tiles: int, n: int, at: slice) -> Lines:
+    sums = torch.empty(p.classes, 2, tiles, n, device=p.x.device)
+    return Lines(sums) if p.center is None else Lines(sums, p.center[at.start :], sums.new_empty(tiles, n))
+
+
+def _bytes_of_sums(p: Problem, plan: Plan) -> float:
+    """Of the statistics of all tiles, per logit: top and total of every class and perhaps a deviation, of rows and columns."""
+    return 4 * (2 * p.classes + (p.center is not None)) * (1 / plan.tile.BN + 1 / plan.tile.BM)
+
+
+def sweep_softplus(p: Problem, *, plan: Plan | None = None) -> Tensor:
+    plan = plan or Plan.of(p, "sweep")
+    p, program = _loadable(dataclasses.replace(p, triangular=False)), PROGRAMS[p.program]
+    total = torch.zeros(len(p.x), device=p.x.device)
+    for i, j, _ in _blocks(p, plan, cells=plan.workspace / _bytes_of_sums(p, plan)):
+        x, y, block = _block(p, i, j)
+        sums = torch.empty(triton.cdiv(block.M, plan.tile.BM), _whole(block.N, plan.tile.BN), device=x.device)
+        sweep_kernels.sweep(x, y, block, None, None, sums, program, False, plan.tile)
+        total[i] += sums.sum(0)[: block.N]
+    return total
+
+
+# ---- grad ----------------------------------------------------------------------------------------------------------------
+
+
+def grad(
+    p: Problem,
+    c: Softmax | Sigmoid,
+    *,
+    need_x: bool,
+    need_y: bool,
+    need_bias: bool,
+    plan: Plan | None = None,
+) -> Grads:
+    if p.triangular and isinstance(c, Sigmoid):  # no loss asks for this: walk all of S
+        p = dataclasses.replace(p, triangular=False)
+        full = grad(p, c, need_x=need_x, need_y=need_x, need_bias=False, plan=plan)
+        return Grads(full.dx + full.dy if need_x else None, None, row_sum=full.row_sum)
+
+    plan = plan or Plan.of(p, "sigmoid" if isinstance(c, Sigmoid) else "grad2" if _many_vectors(p) else "grad")
+    row, col = _sides(p, c)
+    lift = _lift(row, col) if p.x.dtype == torch.float16 else None
+
+    def zeros(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.zeros(shape, device=p.x.device) if wanted else None
+
+    N, M, D = len(p.x), len(p.y), p.x.shape[1]
+    dx, dy = zeros(need_x, N, D), zeros(need_y and not p.triangular, M, D)
+    totals = Sums(zeros(need_bias, N), zeros(need_bias, M), zeros(isinstance(c, Sigmoid), N))
+    need_g = dx is not None or dy is not None
+
+    p, program = _loadable(p), PROGRAMS[p.program]
+    buffer = None  # of G: the first block is the largest
+    for i, j, diagonal in _blocks(p, plan, cells=plan.workspace / p.x.itemsize):
+        tile = plan.square if diagonal else plan.tile
+        x, y, block = _block(p, i, j)
+        padded = None
+        if need_g:
+            shape = _whole(block.N, tile.BN), _whole(block.M, tile.BM)
+            buffer = torch.empty(math.prod(shape), dtype=x.dtype, device=x.device) if buffer is None else buffer
+            padded = buffer[: math.prod(shape)].view(shape)
+        sums = _sums_of_tiles(totals, block, tile)
+        grad_kernels.grad(x, y, block, _part(row, i), _part(col, j), padded, lift, sums, program, diagonal, tile)
+
+        for total, part, at in zip(totals, sums, (i, j, i)):
+            if total is not None:
+                total[at] += part.sum(0)[: at.stop - at.start]
+        if need_g:
+            g = padded[: block.N, : block.M]
+            if dx is not None:
+                addmm_(dx[i], g, y[:, :D])
+            if dy is not None:
+                addmm_(dy[j], g.T, x[:, :D])
+            if p.triangular and not diagonal:
+                addmm_(dx[j], g.T, x[:, :D])
+
+    for d in (dx, dy):
+        if lift is not None and d is not None:
+            d /= lift
+    return Grads(dx, dy, totals.g_rows, totals.g_cols, totals.softplus)
+
+
+def _sides(p: Problem, c: Softmax | Sigmoid) -> tuple[Side, Side | None]:
+    """The coefficients of all rows and of all columns."""
+    if isinstance(c, Sigmoid):
+        return Side(_pad(c.row_weight, 0.0), None, 0, None), None
+    row = _side(c.row_weight, c.row_lse, c.row_offset)
+    if p.triangular:
+        return row, row
+    return row, None if c.col_weight is None else _side(c.col_weight, c.col_lse, c.col_offset)
+
+
+def _side(weight: Tensor, lse: LogSumExp, offset: Tensor | None) -> Side:
+    """lse rounded to float32 for the kernel; what that loses, a factor of G near 1, goes to the weight."""
+    exact = lse.value()
+    rounded = exact.float()
+    lost = torch.where(exact.isfinite(), exact - rounded, 0.0)
+    weight = (weight * torch.exp(-lost)).float()
+    empty = lse.top == -torch.inf
+    weight, rounded = _pad(weight.masked_fill(empty, 0.0), 0.0), _pad(rounded.masked_fill(empty, torch.inf), torch.inf)
+    return Side(weight, rounded, weight.shape[1], None if offset is None else _pad(offset, 0.0))
+
+
+def _part(side: Side | None, at: slice) -> Side | None:
+    """The coefficients of the rows, or of the columns, from at.start on."""
+    if side is None:
+        return None
+    weight, lse, offset = (None if v is None else v[..., at.start :] for v in (side.weight, side.lse, side.offset))
+    return Side(weight, lse, side.stride, offset)
+
+
+def _sums_of_tiles(totals: Sums, block: Block, tile: config.Tile) -> Sums:
+    """Room for the sums of every tile, of those that are wanted."""
+    along_rows = triton.cdiv(block.M, tile.BM), _whole(block.N, tile.BN)
+    along_cols = triton.cdiv(block.N, tile.BN), _whole(block.M, tile.BM)
+    shapes = along_rows, along_cols, along_rows
+    return Sums(*(None if total is None else total.new_empty(shape) for total, shape in zip(totals, shapes)))
+
+
+def _lift(row: Side, col: Side | None) -> Tensor:
+    """A power of two, (1,), that brings the largest possible |G| to 2^14: float16 ends at 2^16 and begins at 2^-24.
+
+    Computed on the device: the host must not wait for it. A NaN among the weights must not spoil the other rows.
+    """
+    vectors = [v for side in (row, col) if side is not None for v in (side.weight, side.offset) if v is not None]
+    largest = sum(v.nan_to_num(0.0, 0.0, 0.0).abs().amax() for v in vectors)
+    exponent = 14 - torch.log2(largest).ceil()
+    return torch.exp2(exponent.clamp(-100, 100)).reshape(1)  # exponent is inf where all weights are 0
+
+
+def _whole(size: int, tile: int) -> int:
+    """size rounded up to whole tiles"""
+    return triton.cdiv(size, tile) * tile
+
+
+# ---- blocks --------------------------------------------------------------------------------------------------------------
+
+
+def _loadable(p: Problem) -> Problem:
+    """With embeddings and vectors as the kernels read them: copied, once, where they are not."""
+    x = _aligned(p.x)
+    y = x if p.triangular else _aligned(p.y)
+    rows, cols = tuple(map(_pad, p.rows)), tuple(map(_pad, p.cols))
+    row_bias, col_bias, center = (None if v is None else _pad(v) for v in (p.row_bias, p.col_bias, p.center))
+    return dataclasses.replace(p, x=x, y=y, row_bias=row_bias, col_bias=col_bias, rows=rows, cols=cols, center=center)
+
+
+def _pad(v: Tensor, value: float | None = None) -> Tensor:
+    """v (..., n), contiguous, with n rounded up to whole tiles of any size: loads need no mask then, for any n.
+
+    What is added is `value`, or the last element again: ids beyond it could make a tile look for equal ones.
+    """
+    missing = -v.shape[-1] % config.LARGEST
+    if missing == 0:
+        return v.contiguous()
+    last = v[..., -1:] if value is None else v.new_full((), value)
+    return torch.cat([v, last.expand(*v.shape[:-1], missing)], dim=-1)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x (N, D), or a copy with zeros up to the next multiple of 16 columns, so that rows are loaded 16 bytes at a time.
+
+    A copy costs O(N D), loads of single elements cost a factor in everything that is O(N M D). It is also made where the
+    256 rows of the largest tile would be out of reach of an int32.
+    """
+    (N, D), (row, element) = x.shape, x.stride()
+    whole = element == 1 and row >= D and D % 16 == 0 and row % 16 == 0 and x.data_ptr() % 16 == 0
+    if whole and 256 * row < 2**31:
+        return x
+    padded = x.new_zeros(N, -(-D // 16) * 16)
+    padded[:, :D] = x
+    return padded
+
+
+def _block(p: Problem, i: slice, j: slice) -> tuple[Tensor, Tensor, Block]:
+    x, y = p.x[i], p.y[j]
+    row_bias, col_bias = (None if b is None else b[at.start :] for b, at in ((p.row_bias, i), (p.col_bias, j)))
+    return x, y, Block(
+        p.logit_scale,
+        row_bias, col_bias, tuple(v[i.start :] for v in p.rows), tuple(v[j.start :] for v in p.cols),
+        len(x), len(y), x.shape[1], x.stride(0), y.stride(0),
+    )  # fmt: skip
+
+
+def _blocks(p: Problem, plan: Plan, cells: float) -> Iterator[tuple[slice, slice, bool]]:
+    """Rows and columns of the blocks of S, at most `cells` logits each, and whether a block is a triangle on the diagonal.
+
+    They are as square as the matrix allows: a block of R rows and C columns adds to R rows of dx and to C rows of dy, so
+    that accumulation costs 1 / R + 1 / C per logit.
+    """
+    N, M = len(p.x), len(p.y)
+    edge = math.isqrt(int(cells))
+    step = max(plan.tile.BN, plan.tile.BM, plan.square.BN)
+    rows = _pieces(N, max(edge, int(cells) // max(M, 1)), step)
+    cols = _pieces(M, max(edge, int(cells) // max(N, 1)), step)
+    for i in rows:
+        for j in cols:
+            if not p.triangular or j.start >= i.start:
+                yield i, j, p.triangular and i == j
+
+
+def _pieces(size: int, limit: int, step: int) -> list[slice]:
+    """range(size) in pieces of about equal length, at most `limit` but at least `step`, a multiple of `step`."""
+    limit = max(limit // step, 1) * step
+    count = max(-(-size // limit), 1)
+    length = max(-(-size // (count * step)), 1) * step
+    return [slice(start, min(start + length, size)) for start in range(0, size, length)]

@@ -1,0 +1,516 @@
+"""The numeric contract: how near every loss value and every gradient must be to the truth, as arithmetic.
+
+The truth `ref` is the dense formula of `flashcl.reference` in float64, on the same rounded inputs; for float64 inputs,
+which are as precise as that, it is `extended_precision`. A result holds when
+
+    max|out - ref| <= 2 max|dense - ref| + 2 rounding            dense: the dense formula in the dtype of the inputs
+    rms(out - ref) <= 2 rms(dense - ref) + 2 rounding            rounding: of ref to the dtype of out, see `_rounding`
+
+and for bfloat16 and float16 inputs, where that dense formula is itself poor, also
+
+    |out - ref|_2 <= t |ref|_2 + 4 |dense32 - ref|_2             dense32: the dense formula in float32; t: `TIGHT`
+
+The error of a dense formula is the largest over a few orders of the rows and features: a single number, such as the
+gradient of a temperature, is right by luck in any one of them. (A 16-bit formula errs by rounding each logit, in every
+order alike: there single numbers have only the tight bound.) Where ref is NaN or infinite, out must be so too, and
+nowhere else. A dense formula that overflows where ref does not promises nothing, and leaves only the tight bound; a
+relative error means nothing where ref vanishes, that is where dense32 has not one digit of it.
+
+`case` makes inputs for a loss in a regime, `check` judges one call: `flashcl check` and the tests consist of these two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flashcl
+from flashcl import reference
+
+TIGHT = {  # relative L2 error of (a value, a gradient) that the formats allow a kernel which rounds G to them
+    torch.bfloat16: (2e-3, 8e-3),
+    torch.float16: (5e-4, 2e-3),
+}
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+Draw = Callable[[Tensor, int, torch.Generator], Tensor]  # (identities (N,), D) -> (N, D): a view of each identity
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A stage of training, or a corner of the input space: what embeddings look like there, and the temperature."""
+
+    temperature: float
+    draw: Draw
+
+
+def _normal(ids: Tensor, d: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(len(ids), d, generator=generator, dtype=torch.float64)
+
+
+def _centers(ids: Tensor, d: int, seed: int = 1) -> Tensor:
+    """A direction for each identity, the same in every call. In few dimensions they stand on a circle, far apart."""
+    if d == 1:
+        return torch.where(ids % 2 == 0, 1.0, -1.0).double()[:, None]
+    if d == 2:
+        return torch.stack([torch.cos(2.4 * ids.double()), torch.sin(2.4 * ids.double())], dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(int(ids.max()) + 1, d, generator=generator, dtype=torch.float64), dim=1)[ids]
+
+
+def _random(ids, d, generator):
+    return F.normalize(_normal(ids, d, generator), dim=1)
+
+
+def _converged(ids, d, generator):
+    return F.normalize(_centers(ids, d) + 0.1 / math.sqrt(d) * _normal(ids, d, generator), dim=1)
+
+
+def _cone(ids, d, generator):
+    mean = math.sqrt(d) * _centers(torch.zeros(1, dtype=torch.long), d)
+    return F.normalize(3 * mean + _normal(ids, d, generator), dim=1)  # cosines around 9 / (9 + 1)
+
+
+def _large(ids, d, generator):
+    x = _random(ids, d, generator) * 100
+    x[:2] = 100 / math.sqrt(d)  # the first logits are 1e4, the others spread below
+    return x
+
+
+def _constant(ids, d, generator):
+    return _centers(torch.zeros_like(ids), d)
+
+
+def _duplicates(ids, d, generator):
+    """Every fourth identity is that of the one before it: a negative as near as a positive."""
+    distinct = _random(torch.arange(int(ids.max()) + 1), d, generator)
+    return distinct[ids - (ids % 4 == 3).long()]
+
+
+REGIMES = {
+    "init": Regime(0.07, _random),
+    "converged": Regime(0.05, _converged),  # p_ii > 0.999 in 64 or more dimensions
+    "saturated": Regime(0.01, _converged),  # losses of 1e-20
+    "cone": Regime(0.07, _cone),  # embeddings share a large mean, as those of deep networks do at initialisation
+    "t=0.005": Regime(0.005, _random),
+    "t=0.01": Regime(0.01, _random),
+    "t=0.5": Regime(0.5, _random),
+    "t=1": Regime(1.0, _random),
+    "t=10": Regime(10.0, _random),
+    "unnormalised": Regime(1.0, _normal),
+    "large": Regime(1.0, _large),
+    "constant": Regime(0.07, _constant),
+    "duplicates": Regime(0.07, _duplicates),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. `tensors` receive gradients (matrices are embeddings, others scales and biases); `options` do not."""
+
+    function: str  # its name in flashcl and in flashcl.reference
+    tensors: dict[str, Tensor]
+    options: dict[str, object]
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    def to(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Case:
+        """Embeddings in dtype, scales and biases in the dtype of the statistics."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        tensors = {k: v.to(device, dtype if v.dim() == 2 else wide) for k, v in self.tensors.items()}
+        options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        return replace(self, tensors=tensors, options=options)
+
+
+LOSSES = ("info_nce", "info_nce one-way", "siglip", "nt_xent", "sup_con", "logsumexp", "logsumexp off-diagonal")
+
+
+def case(loss: str, regime: str, n: int = 48, m: int | None = None, d: int = 16, seed: int = 0, **options) -> Case:
+    """Inputs in float64 for one of LOSSES in one of REGIMES. m counts where the loss takes M != N; it is n + n // 2 + 1
+    unless given. `options` go to the loss."""
+    generator, r = torch.Generator().manual_seed(seed), REGIMES[regime]
+    one_way = loss == "info_nce one-way" or loss.startswith("logsumexp")
+    m = n if not one_way else n + n // 2 + 1 if m is None else m
+    x, y = (r.draw(torch.arange(rows), d, generator) for rows in (n, m))
+    t = torch.tensor(r.temperature, dtype=torch.float64)
+
+    def made(function, options=options, **tensors):
+        return Case(function, tensors, options)
+
+    match loss:
+        case "info_nce":
+            return made("info_nce", x=x, y=y, logit_scale=1 / t)
+        case "info_nce one-way":
+            return made("info_nce", dict(symmetric=False) | options, x=x, y=y, temperature=t)
+        case "siglip":
+            return made("siglip", x=x, y=y, logit_scale=1 / t, logit_bias=-0.7 / t)
+        case "nt_xent":
+            return made("nt_xent", z1=x, z2=y, temperature=t)
+        case "sup_con":
+            labels = torch.randint(max(1, n // 3), (n,), generator=generator)  # of all sizes, some of one row
+            return made("sup_con", dict(labels=labels) | options, z=r.draw(labels, d, generator), temperature=t)
+        case "logsumexp" | "logsumexp off-diagonal":
+            exclude = None if loss == "logsumexp" else "diagonal"
+            biases = (torch.randn(rows, generator=generator, dtype=torch.float64) for rows in (n, m))
+            tensors = dict(zip(("row_bias", "col_bias"), biases), x=x, y=y, logit_scale=1 / t)
+            return made("similarity_logsumexp", dict(exclude=exclude) | options, **tensors)
+        case _:
+            raise ValueError(f"loss must be one of {', '.join(map(repr, LOSSES))}, got {loss!r}")
+
+
+# ---- one evaluation --------------------------------------------------------------------------------------------------
+
+
+def evaluate(function: Callable, c: Case, order: Order | None = None) -> dict[str, Tensor]:
+    """{"value": ..., "grad x": ...}, two values where the function returns a pair.
+
+    Vectors of values receive an upstream gradient that differs from row to row; `order` says how rows were reordered.
+    """
+    leaves = {name: v.detach().clone().requires_grad_() for name, v in c.tensors.items()}
+    values = function(**leaves, **c.options)
+    values = values if isinstance(values, tuple) else (values,)
+    # Only 8 bits of mantissa, so that it is the same number in every dtype.
+    upstream = [_upstream(v, None if order is None else order.of_value(c, side)) for side, v in enumerate(values)]
+    gradients = torch.autograd.grad(values, list(leaves.values()), upstream)
+    named = {"value" if i == 0 else f"value {i + 1}": v.detach() for i, v in enumerate(values)}
+    return named | {f"grad {name}": g for name, g in zip(leaves, gradients)}
+
+
+def _upstream(value: Tensor, order: Tensor | None) -> Tensor:
+    if value.dim() == 0:
+        return torch.ones_like(value)
+    seed = torch.Generator().manual_seed(7 + len(value))
+    weights = torch.randn(value.shape, generator=seed).bfloat16()
+    if order is not None:
+        weights = weights[order.cpu()]
+    return weights.to(value)
+
+
+# ---- the bounds ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One bound on one quantity."""
+
+    quantity: str  # "value", "grad x", ...
+    bound: str  # "max", "rms", "tight" or "non-finite"
+    error: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.allowed
+
+    def __repr__(self) -> str:
+        ratio = self.error / self.allowed if self.allowed else math.inf if self.error else 0.0
+        return f"{self.quantity} {self.bound}: {self.error:.3g}, allowed {self.allowed:.3g} (x {ratio:.3g})"
+
+
+@dataclass(frozen=True)
+class Truth:
+    """A reference value as high + low: where out is float64, high alone would be no better than out."""
+
+    high: Tensor  # float64
+    low: Tensor | float = 0.0
+
+    def error(self, out: Tensor) -> Tensor:
+        return (out.double() - self.high) - self.low
+
+
+def judge(
+    quantity: str,
+    out: Tensor,
+    truth: Truth,
+    dense: list[Tensor],  # errors of the dense formula in the dtype of the inputs: one evaluation, or several
+    dense32: list[Tensor] | None = None,  # errors of the dense formula in float32
+    tight: float | None = None,  # the relative L2 error that the dtype allows, None for no such bound
+) -> list[Finding]:
+    """Every bound on one quantity."""
+    ref = truth.high
+    if out.shape != ref.shape:
+        raise AssertionError(f"{quantity}: shape {tuple(out.shape)}, the reference has {tuple(ref.shape)}")
+    both = ref.isfinite() & out.isfinite()
+    same = (out == ref) | (out.isnan() & ref.isnan())
+    findings = [Finding(quantity, "non-finite", int((~both & ~same).sum()), 0)]
+    if not both.any():
+        return findings
+    error, ref = truth.error(out)[both], ref[both]
+    if tight is not None and _l2(ref) <= 4 * _largest(_l2, dense32, both):
+        tight = None
+    for bound, norm in (("max", _max), ("rms", _rms)) if ref.numel() > 1 or tight is None else ():
+        allowed = 2 * _largest(norm, dense, both) + 2 * _rounding(ref, out.dtype, norm)
+        findings.append(Finding(quantity, bound, norm(error), allowed))
+    if tight is not None:
+        allowed = tight * _l2(ref) + 4 * _largest(_l2, dense32, both)
+        findings.append(Finding(quantity, "tight", _l2(error), allowed))
+    return findings
+
+
+def _largest(norm: Callable, errors: list[Tensor], where: Tensor) -> float:
+    norms = [norm(error[where]) for error in errors]
+    return math.inf if any(map(math.isnan, norms)) else max(norms)
+
+
+def _rounding(ref: Tensor, dtype: torch.dtype, norm: Callable) -> float:
+    """What ref loses in dtype: as measured, which knows underflow, and at least half a unit in the last place of it.
+
+    The measured loss of one number may be 0 by luck, the half unit never is.
+    """
+    return max(norm(ref.to(dtype).double() - ref), torch.finfo(dtype).eps / 2 * norm(ref))
+
+
+def _l2(a: Tensor) -> float:
+    return a.norm().item()
+
+
+def _max(a: Tensor) -> float:
+    return a.abs().max().item()
+
+
+def _rms(a: Tensor) -> float:
+    return a.square().mean().sqrt().item()
+
+
+def check(
+    c: Case,
+    dtype: torch.dtype,
+    *,
+    backend: str = "auto",
+    device: torch.device | str = "cpu",
+    function: Callable | None = None,
+) -> list[Finding]:
+    """Every bound on every value and gradient of one call. `function` takes the place of flashcl's own."""
+    c = c.to(dtype, device)
+    if function is None:
+        out = evaluate(getattr(flashcl, c.function), replace(c, options=c.options | dict(backend=backend)))
+    else:
+        out = evaluate(function, c)
+    truth = truth_of(c)
+    dense = dense_errors(c, truth)
+    dense32 = dense_errors(c.to(torch.float32, device), truth) if dtype in TIGHT else None
+    findings = []
+    for quantity in truth:
+        gradient = quantity.startswith("grad")
+        tight = TIGHT[dtype][gradient] if dtype in TIGHT else None
+        errors = [e[quantity] for e in dense], tight and [e[quantity] for e in dense32]
+        findings += judge(quantity, out[quantity], truth[quantity], *errors, tight)
+    return findings
+
+
+def truth_of(c: Case) -> dict[str, Truth]:
+    if next(iter(c.tensors.values())).dtype == torch.float64:
+        return extended_precision(c)
+    ref = evaluate(getattr(reference, c.function), c.to(torch.float64, c.device))
+    return {quantity: Truth(v) for quantity, v in ref.items()}
+
+
+def dense_errors(c: Case, truth: dict[str, Truth], orders: int = 8) -> list[dict[str, Tensor]]:
+    """Errors of the dense formula on the tensors of c as they are, in several orders of rows, columns and features."""
+    dense, errors = getattr(reference, c.function), []
+    for order in map(Order.of(c), range(orders)):
+        result = order.undo(c, evaluate(dense, order.apply(c), order))
+        errors.append({quantity: truth[quantity].error(result[quantity]) for quantity in truth})
+    return errors
+
+
+def violations(*args, **kwargs) -> list[Finding]:
+    """The findings of `check` that do not hold."""
+    return [finding for finding in check(*args, **kwargs) if not finding.holds]
+
+
+# ---- the same sums in another order ----------------------------------------------------------------------------------
+
+_ROWS, _COLS = ("x", "z1", "z", "row_bias", "labels"), ("y", "z2", "col_bias")
+
+
+@dataclass(frozen=True)
+class Order:
+    """A permutation of the rows, of the columns and of the features that changes no loss: positives stay positives."""
+
+    rows: Tensor
+    cols: Tensor
+    features: Tensor
+
+    @staticmethod
+    def of(c: Case) -> Callable[[int], Order]:
+        """seed -> an order for inputs of this shape; 0 is the given one."""
+        matrices = [v for v in c.tensors.values() if v.dim() == 2]
+        n, m, d = len(matrices[0]), len(matrices[-1]), matrices[0].shape[1]
+
+        def make(seed: int) -> Order:
+            def shuffle(k):
+                order = torch.randperm(k, generator=generator) if seed else torch.arange(k)
+                return order.to(c.device)
+
+            generator = torch.Generator().manual_seed(seed)
+            paired = shuffle(min(n, m))
+            rows, cols = (torch.cat([paired, len(paired) + shuffle(k - len(paired))]) for k in (n, m))
+            return Order(rows, cols, shuffle(d))
+
+        return make
+
+    def apply(self, c: Case) -> Case:
+        def reorder(named):
+            return {k: self._index(k, v) if isinstance(v, Tensor) else v for k, v in named.items()}
+
+        return replace(c, tensors=reorder(c.tensors), options=reorder(c.options))
+
+    def undo(self, c: Case, results: dict[str, Tensor]) -> dict[str, Tensor]:
+        back = Order(*(p.argsort() for p in (self.rows, self.cols, self.features)))
+        undone = {}
+        for name, v in results.items():
+            if name.startswith("grad"):
+                undone[name] = back._index(name.removeprefix("grad "), v)
+            else:
+                undone[name] = v if v.dim() == 0 else v[self.of_value(c, int(name != "value")).argsort()]
+        return undone
+
+    def of_value(self, c: Case, side: int) -> Tensor:
+        """How the entries of a vector of values are ordered; side 1 is the second of two."""
+        if c.function == "nt_xent":
+            return torch.cat([self.rows, len(self.rows) + self.cols])
+        return self.cols if side == 1 or c.options.get("axis") == "cols" else self.rows
+
+    def _index(self, name: str, v: Tensor) -> Tensor:
+        if name in _ROWS:
+            v = v[self.rows]
+        elif name in _COLS:
+            v = v[self.cols]
+        return v[:, self.features] if v.dim() == 2 else v
+
+
+# ---- the truth for float64 -------------------------------------------------------------------------------------------
+
+
+def extended_precision(c: Case) -> dict[str, Truth]:
+    """What `evaluate` returns, in numpy's longdouble (64 bits of mantissa on x86), from formulas of their own.
+
+    Each loss is its values and G, the gradient with respect to the logits s; what follows from G is common to all.
+    """
+    named = {name: v.cpu().numpy().astype(np.longdouble) for name, v in c.tensors.items()}
+    given = [name for name in named if named[name].ndim == 2]
+    length = {k: np.sqrt((named[k] ** 2).sum(1, keepdims=True)) if c.options.get("normalize") else 1 for k in given}
+    e = {name: named[name] / length[name] for name in given}
+    symmetric = c.function in ("nt_xent", "sup_con")
+    x, y = [np.concatenate(list(e.values()))] * 2 if symmetric else e.values()
+    scale = named["logit_scale"] if "logit_scale" in named else 1 / named.get("temperature", np.longdouble(1))
+    cosines = x @ y.T
+    s = scale * cosines + named.get("logit_bias", 0) + named.get("col_bias", 0)
+    s = s + named["row_bias"][:, None] if "row_bias" in named else s
+    values, g = _VALUES_AND_G[c.function](s, c.options)
+
+    dx, dy = scale * g @ y, scale * g.T @ x
+    dx = np.split(dx + dy, np.cumsum([len(v) for v in e.values()])[:-1]) if symmetric else (dx, dy)
+    d_scale = (g * cosines).sum()
+    gradients = dict(zip(given, dx), logit_scale=d_scale, temperature=-(scale**2) * d_scale)
+    gradients |= dict(logit_bias=g.sum(), row_bias=g.sum(1), col_bias=g.sum(0))
+    if c.options.get("normalize"):
+        for k in given:
+            gradients[k] = (gradients[k] - e[k] * (e[k] * gradients[k]).sum(1, keepdims=True)) / length[k]
+    results = {"value" if i == 0 else f"value {i + 1}": v for i, v in enumerate(values)}
+    results |= {f"grad {name}": gradients[name] for name in named}
+    return {quantity: _truth(np.asarray(v), c.device) for quantity, v in results.items()}
+
+
+def _truth(v: np.ndarray, device) -> Truth:
+    high = v.astype(np.float64)
+    low = np.where(np.isfinite(v), v - high.astype(np.longdouble), 0).astype(np.float64)
+    return Truth(torch.from_numpy(high).to(device), torch.from_numpy(low).to(device))
+
+
+def _reduced(loss: np.ndarray, count: int, options: dict) -> tuple[list, np.ndarray]:
+    """(the value, the gradient that reaches each row) of a vector of losses."""
+    match options.get("reduction", "mean"):
+        case "none":
+            return [loss], _upstream(torch.empty(len(loss), dtype=torch.float64), None).numpy()
+        case "sum":
+            return [loss.sum()], np.ones(len(loss))
+        case _:
+            return [loss.sum() / max(count, 1)], np.full(len(loss), np.longdouble(1) / max(count, 1))
+
+
+def _log_sum_exp(s: np.ndarray) -> np.ndarray:
+    top = s.max(1)
+    top = np.where(np.isfinite(top), top, 0)
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(s - top[:, None]).sum(1)) + top
+
+
+def _softmax(s: np.ndarray) -> np.ndarray:
+    lse = _log_sum_exp(s)[:, None]
+    return np.exp(s - np.where(np.isfinite(lse), lse, np.inf))
+
+
+def _against_one(s: np.ndarray, partner: np.ndarray, dropped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Losses and d loss_i / d s_ij of rows with one positive; the mass of the negatives is no difference from 1."""
+    rows = np.arange(len(s))
+    positive, negatives = s[rows, partner], np.where(dropped, -np.inf, s)
+    negatives[rows, partner] = -np.inf
+    loss = np.logaddexp(0, _log_sum_exp(negatives) - positive)
+    mass = np.exp(_log_sum_exp(negatives) - positive - loss)
+    g = mass[:, None] * _softmax(negatives)
+    g[rows, partner] = -mass
+    return loss, g
+
+
+def _info_nce(s: np.ndarray, options: dict):
+    nothing, own = np.zeros((), bool), np.arange(len(s))
+    loss, g = _against_one(s, own, nothing)
+    columns = None
+    if options.get("symmetric", True):
+        loss_of_columns, columns = _against_one(s.T, own, nothing)
+        loss = (loss + loss_of_columns) / 2
+    values, upstream = _reduced(loss, len(loss), options)
+    g = upstream[:, None] * g
+    return values, g if columns is None else (g + (upstream[:, None] * columns).T) / 2
+
+
+def _siglip(s: np.ndarray, options: dict):
+    z = 2 * np.eye(len(s)) - 1
+    values, upstream = _reduced(np.logaddexp(0, -z * s).sum(1), len(s), options)
+    return values, -upstream[:, None] * z * np.exp(-np.logaddexp(0, z * s))
+
+
+def _nt_xent(s: np.ndarray, options: dict):
+    loss, g = _against_one(s, np.roll(np.arange(len(s)), len(s) // 2), np.eye(len(s), dtype=bool))
+    values, upstream = _reduced(loss, len(loss), options)
+    return values, upstream[:, None] * g
+
+
+def _sup_con(s: np.ndarray, options: dict):
+    labels, own = options["labels"].cpu().numpy(), np.eye(len(s), dtype=bool)
+    positive = (labels[:, None] == labels) & ~own
+    counts = positive.sum(1, keepdims=True)
+    share = positive / np.maximum(counts, 1).astype(np.longdouble)
+    others, counted = np.where(own, -np.inf, s), counts[:, 0] > 0
+    loss = np.where(counted, _log_sum_exp(others) - (share * s).sum(1), 0)
+    values, upstream = _reduced(loss, counted.sum(), options)
+    return values, (upstream * counted)[:, None] * (_softmax(others) - share)
+
+
+def _similarity_logsumexp(s: np.ndarray, options: dict):
+    s = np.where(np.eye(*s.shape, dtype=bool), -np.inf, s) if options.get("exclude") else s
+    none, axis = dict(reduction="none"), options.get("axis", "both")
+    rows, u = _reduced(_log_sum_exp(s), 0, none)
+    cols, v = _reduced(_log_sum_exp(s.T), 0, none)
+    of_rows, of_cols = u[:, None] * _softmax(s), (v[:, None] * _softmax(s.T)).T
+    return {"both": (rows + cols, of_rows + of_cols), "rows": (rows, of_rows), "cols": (cols, of_cols)}[axis]
+
+
+_VALUES_AND_G = {
+    "info_nce": _info_nce,
+    "siglip": _siglip,
+    "nt_xent": _nt_xent,
+    "sup_con": _sup_con,
+    "similarity_logsumexp": _similarity_logsumexp,
+}

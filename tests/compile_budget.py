@@ -1,0 +1,154 @@
+"""What ptxas makes of the kernels, for GPUs that are not here. Run in a process of its own:
+
+    python tests/compile_budget.py 90 bfloat16 whole
+
+The host code of the triton backend runs as it is, on CPU tensors; only the launch is replaced: it compiles for the
+architecture asked for and stops there. What is compiled is thus exactly what would be launched, alignment, tensor
+descriptors and all. Without a driver nothing runs, and nothing may interpret: TRITON_INTERPRET must be off.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from flashcl.backends import triton as backend
+from flashcl.engine.problem import LogSumExp, Problem, Sigmoid, Softmax
+from flashcl.triton_kernels import config
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+INSTRUCTIONS = dict(mma="mma.sync", wgmma="wgmma.mma_async", tcgen05="tcgen05.mma", cp_async="cp.async.c", tma="cp.async.bulk.tensor")
+
+
+class AbsentGPU:
+    """A driver of which Triton asks only what it compiles for."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def get_current_target(self):
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self):
+        return self.arch  # compiled kernels are cached per device
+
+    def get_current_stream(self, device):
+        return 0
+
+
+class Compiled(list):
+    """Every launch within the `with` is compiled for `arch` and listed, as (kernel name, resources)."""
+
+    def __init__(self, arch):
+        self.arch = arch
+
+    def __enter__(self):
+        self.run = JITFunction.run
+        driver.set_active(AbsentGPU(self.arch))
+
+        def compile_only(kernel, *args, grid, warmup, **kwargs):
+            binary = self.run(kernel, *args, grid=grid, warmup=True, **kwargs)
+            self.append((kernel.__name__, resources(binary)))
+
+        JITFunction.run = compile_only
+        return self
+
+    def __exit__(self, *_):
+        JITFunction.run = self.run
+
+
+def resources(binary):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    return dict(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        shared=binary.metadata.shared,
+        instructions=[name for name, text in INSTRUCTIONS.items() if text in binary.asm["ptx"]],
+    )
+
+
+def _tool(name, *args):
+    return subprocess.run([TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
+
+
+# ---- what is compiled ----------------------------------------------------------------------------------------------------
+
+SIZES = {"whole": 512, "ragged": 509}  # for multiples of 16 Triton compiles a version of its own
+
+
+def problem(program, dtype, N, triangular=False, biased=False):
+    """Of the programs of one class `different` has the larger kernel: it stands for `all`."""
+    x = torch.empty(N, 256, dtype=dtype)
+    y = x if triangular else torch.empty_like(x)
+    vectors = (torch.empty(N, dtype=torch.int64),) * {"all": 0, "different": 1, "by_label": 2}[program]
+    bias = torch.empty(N) if biased else None
+    center = torch.empty(N) if triangular and program == "by_label" else None
+    return Problem(x, y, torch.empty(1), bias, bias, program, vectors, vectors, center, triangular)
+
+
+def softmax(p):
+    weight, offset = torch.empty(p.classes, len(p.x)), torch.empty(len(p.x)) if p.classes == 2 else None
+    lse = LogSumExp(weight, weight)
+    if p.triangular:
+        return Softmax(weight, lse, row_offset=offset)
+    return Softmax(weight, lse, weight, lse, offset, offset)
+
+
+def sweep(p, plan):
+    backend.sweep(p, need_cols=True, plan=plan)
+
+
+def grad(p, plan):
+    backend.grad(p, softmax(p), need_x=True, need_y=True, need_bias=False, plan=plan)
+
+
+def softplus(p, plan):
+    backend.sweep_softplus(p, plan=plan)
+
+
+def sigmoid(p, plan):
+    backend.grad(p, Sigmoid(torch.empty(len(p.x))), need_x=True, need_y=True, need_bias=True, plan=plan)
+
+
+def kernels(dtype, N, shapes=("", " triangular", " biased")):
+    """(name, row of the table, call, problem): every row of the table with the largest kernels that it serves."""
+    for shape in shapes:
+        for program in ("different", "by_label"):
+            p = problem(program, dtype, N, triangular=shape == " triangular", biased=shape == " biased")
+            many = "2" if program == "by_label" or shape == " biased" else ""
+            for call in (sweep, grad):
+                yield f"{call.__name__} {program}{shape}", call.__name__ + many, call, p
+    p = problem("all", dtype, N, biased=True)
+    yield "softplus", "sweep", softplus, p
+    yield "sigmoid", "sigmoid", sigmoid, p
+
+
+def main(arch, name, sizes):
+    """One JSON line per kernel. sm_86, sm_89 and sm_120 have the rows of sm_80: a few kernels speak for them."""
+    dtype = getattr(torch, name)
+    shapes = [("",)] if arch in (86, 89, 120) else []
+    for kernel, row, call, p in kernels(dtype, SIZES[sizes], *shapes):
+        with Compiled(arch) as launches:
+            tiles = config.row(arch, row, dtype)
+            call(p, backend.Plan(tiles.tile, tiles.square))
+        used = next(resources for function, resources in launches if function != "fold_kernel")
+        print(json.dumps(dict(arch=arch, dtype=name, kernel=kernel, sizes=sizes, **used)), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])

@@ -1,0 +1,205 @@
+"""Wrong arguments: each error names the argument, what came and what was expected. NaN in data is none."""
+
+import pytest
+import torch
+
+import flashcl
+
+X, Y, LABELS = torch.ones(3, 2), torch.ones(4, 2), torch.tensor([0, 0, 1])
+ONE = torch.ones(())
+
+
+def info_nce(x=X, y=X, **options):
+    options = options if {"temperature", "logit_scale"} & set(options) else options | dict(temperature=0.1)
+    return flashcl.info_nce(x, y, **options)
+
+
+def siglip(x=X, y=X, **options):
+    return flashcl.siglip(x, y, **dict(logit_scale=10.0, logit_bias=-10.0) | options)
+
+
+def nt_xent(z1=X, z2=X, **options):
+    return flashcl.nt_xent(z1, z2, **options)
+
+
+def sup_con(z=X, labels=LABELS, **options):
+    return flashcl.sup_con(z, labels, **options)
+
+
+def logsumexp(x=X, y=X, **options):
+    return flashcl.similarity_logsumexp(x, y, **options)
+
+
+# function: the names of its embeddings, of its scalars
+FUNCTIONS = {
+    info_nce: (("x", "y"), ("temperature", "logit_scale")),
+    siglip: (("x", "y"), ("logit_scale", "logit_bias")),
+    nt_xent: (("z1", "z2"), ("temperature",)),
+    sup_con: (("z",), ("temperature",)),
+    logsumexp: (("x", "y"), ("logit_scale",)),
+}
+EMBEDDINGS = [(f, name) for f, (names, _) in FUNCTIONS.items() for name in names]
+SECOND = [(f, names[1]) for f, (names, _) in FUNCTIONS.items() if len(names) == 2]
+SCALARS = [(f, name) for f, (_, names) in FUNCTIONS.items() for name in names]
+TEMPERATURES = [f for f, (_, names) in FUNCTIONS.items() if "temperature" in names]
+REDUCED = [f for f in FUNCTIONS if f is not logsumexp]
+
+
+def named(value):
+    return getattr(value, "__name__", None)
+
+
+def raises(error, name, *parts):
+    """An error whose text begins with the name of the argument and holds the parts, in order."""
+    return pytest.raises(error, match=rf"(?s)^{name}\b.*" + ".*".join(parts))
+
+
+def test_the_arguments_that_are_not_wrong():
+    for function in FUNCTIONS:
+        function()
+
+
+@pytest.mark.parametrize("function, name", EMBEDDINGS, ids=named)
+def test_embeddings_must_be_matrices_of_floats(function, name):
+    with raises(TypeError, name, "Tensor", "list"):
+        function(**{name: [[1.0, 2.0]]})
+    for wrong in (X[0], X[None], ONE):
+        with raises(ValueError, name, r"\(rows, D\)", str(list(wrong.shape))[1:-1]):
+            function(**{name: wrong})
+    for dtype in (torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn):
+        with raises(TypeError, name, "float", str(dtype)):
+            function(**{name: X.to(dtype)})
+
+
+@pytest.mark.parametrize("function, name", SECOND, ids=named)
+def test_embeddings_must_match(function, name):
+    first = FUNCTIONS[function][0][0]
+    with raises(ValueError, name, first, "2", "5"):
+        function(**{name: torch.ones(3, 5)})
+    with raises(TypeError, name, first, "float32", "float64"):
+        function(**{name: X.double()})
+    with raises(ValueError, name, first, "cpu", "meta"):
+        function(**{name: X.to("meta")})
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=named)
+def test_no_rows(function):
+    names = FUNCTIONS[function][0]
+    options = dict(labels=LABELS[:0]) if function is sup_con else {}
+    with raises(ValueError, names[0], "at least one row", "N = 0"):
+        function(**dict.fromkeys(names, X[:0]), **options)
+
+
+@pytest.mark.parametrize("function", [siglip, nt_xent, info_nce], ids=named)
+def test_towers_of_different_lengths(function):
+    with raises(ValueError, FUNCTIONS[function][0][1], "3", "4"):
+        function(**dict(zip(FUNCTIONS[function][0], (X, Y))))
+
+
+def test_each_row_needs_a_positive():
+    with raises(ValueError, "y", "at least", "4", "3"):
+        info_nce(Y, X, symmetric=False)
+    assert info_nce(X, Y, symmetric=False).isfinite()
+
+
+def test_exactly_one_of_temperature_and_logit_scale():
+    with pytest.raises(ValueError, match="exactly one of temperature and logit_scale.*temperature=None"):
+        flashcl.info_nce(X, X)
+    with raises(ValueError, "exactly one of temperature and logit_scale", "temperature=0.1", "logit_scale=10.0"):
+        flashcl.info_nce(X, X, temperature=0.1, logit_scale=10.0)
+    with pytest.raises(TypeError, match="logit_bias"):
+        flashcl.siglip(X, X, logit_scale=1.0)
+    with pytest.raises(TypeError, match="logit_scale"):
+        flashcl.siglip(X, X, logit_bias=1.0)
+
+
+@pytest.mark.parametrize("function", TEMPERATURES, ids=named)
+@pytest.mark.parametrize("value", [0.0, -0.1, 0, float("nan")])
+def test_temperature_must_be_positive(function, value):
+    with raises(ValueError, "temperature", "positive", str(value)):
+        function(temperature=value)
+
+
+@pytest.mark.parametrize("function, name", SCALARS, ids=named)
+def test_scalars(function, name):
+    for wrong in (torch.ones(3), torch.ones(2, 2), torch.ones(0)):
+        with raises(ValueError, name, "one element", str(list(wrong.shape))[1:-1]):
+            function(**{name: wrong})
+    for wrong in ("0.1", [0.1], 1j, True):
+        with raises(TypeError, name, type(wrong).__name__):
+            function(**{name: wrong})
+    for wrong in (ONE.long(), ONE.bool(), ONE.to(torch.complex64)):
+        with raises(TypeError, name, str(wrong.dtype)):
+            function(**{name: wrong})
+    if name not in ("temperature", "logit_scale") or function is not info_nce:
+        with raises(TypeError, name, "NoneType"):
+            function(**{name: None})
+
+
+def test_labels():
+    for wrong in (torch.arange(2), torch.arange(4), LABELS[None], ONE.long()):
+        with raises(ValueError, "labels", r"\(3,\)", str(list(wrong.shape))[1:-1]):
+            sup_con(labels=wrong)
+    for dtype in (torch.float32, torch.bfloat16, torch.complex64):
+        with raises(TypeError, "labels", "integer", str(dtype)):
+            sup_con(labels=LABELS.to(dtype))
+    with raises(TypeError, "labels", "Tensor", "list"):
+        sup_con(labels=[0, 1, 2])
+    with raises(ValueError, "labels", "cpu", "meta"):
+        sup_con(labels=LABELS.to("meta"))
+
+
+@pytest.mark.parametrize("name, rows", [("row_bias", 3), ("col_bias", 4)])
+def test_biases(name, rows):
+    assert logsumexp(X, Y, **{name: torch.ones(rows)})[0].shape == (3,)
+    for wrong in (torch.ones(5), torch.ones(rows, 1), ONE):
+        with raises(ValueError, name, rf"\({rows},\)", str(list(wrong.shape))[1:-1]):
+            logsumexp(X, Y, **{name: wrong})
+    for dtype in (torch.int64, torch.complex64):
+        with raises(TypeError, name, "float", str(dtype)):
+            logsumexp(X, Y, **{name: torch.ones(rows, dtype=dtype)})
+    with raises(TypeError, name, "Tensor", "float"):
+        logsumexp(X, Y, **{name: 1.0})
+    with raises(ValueError, name, "cpu", "meta"):
+        logsumexp(X, Y, **{name: torch.ones(rows, device="meta")})
+
+
+@pytest.mark.parametrize("function", REDUCED, ids=named)
+@pytest.mark.parametrize("value", ["max", "Mean", None, 1])
+def test_reduction(function, value):
+    with raises(ValueError, "reduction", "'mean'", "'sum'", "'none'", repr(value)):
+        function(reduction=value)
+
+
+@pytest.mark.parametrize(
+    "name, value, allowed", [("exclude", "self", "diagonal"), ("axis", "row", "rows"), ("axis", 0, "both")]
+)
+def test_exclude_and_axis(name, value, allowed):
+    with raises(ValueError, name, allowed, repr(value)):
+        logsumexp(**{name: value})
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=named)
+def test_backend_and_group(function):
+    for wrong in ("cpu", "Torch", None):
+        with raises(ValueError, "backend", "'torch'", repr(wrong)):
+            function(backend=wrong)
+    with pytest.raises(NotImplementedError, match="group"):
+        function(group=object())
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=named)
+def test_options_are_keywords_and_unknown_ones_are_errors(function):
+    with pytest.raises(TypeError, match="tau"):
+        function(tau=0.1)
+    public = getattr(flashcl, "similarity_logsumexp" if function is logsumexp else named(function))
+    with pytest.raises(TypeError, match="positional"):
+        public(X, X, 0.1)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=named)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_data_that_is_not_finite_is_no_error(function, value):
+    names = FUNCTIONS[function][0]
+    result = function(**{names[0]: torch.full((3, 2), value)})
+    assert not (result[0] if isinstance(result, tuple) else result).isfinite().all()

@@ -1,0 +1,435 @@
+"""Every loss against the numeric contract (flashcl/contract.py), and what else a loss owes to its caller.
+
+The torch backend runs as it is and the triton backend in the hardened interpreter, on poisoned memory. Tiles are made
+small where a backend would see all rows in one.
+"""
+
+import importlib
+import itertools
+import math
+import mmap
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import INTERPRETED
+
+import flashcl
+from flashcl import contract, reference
+from flashcl.contract import LOSSES, REGIMES, case, evaluate, violations
+
+pytestmark = pytest.mark.usefixtures("poison", "small_tiles")
+
+SINGLE, BF16, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
+DTYPES = {"torch": (SINGLE, BF16, HALF, DOUBLE), "triton": (SINGLE, BF16, HALF)}
+BACKENDS = [backend for backend in DTYPES if backend == "torch" or INTERPRETED]
+EVERY = [
+    pytest.param(backend, dtype, id=f"{backend}-{str(dtype)[6:]}") for backend in BACKENDS for dtype in DTYPES[backend]
+]
+TWO = [param for param in EVERY if param.values[1] in (SINGLE, BF16)]
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """The torch backend in tiles of 16 x 16, not 1024 x 1024: many of them, and ragged ones at the edges."""
+    monkeypatch.setattr(importlib.import_module("flashcl.backends.torch"), "_CPU_TILE", 16)
+
+
+def per_row(loss, regime="init", **kwargs):
+    """A case with a value per row, each of which gets an upstream gradient of its own."""
+    none = {} if loss.startswith("logsumexp") else dict(reduction="none")
+    return case(loss, regime, **none, **kwargs)
+
+
+def through(c, backend, before=lambda v: v, after=lambda v: v):
+    """flashcl's function for a case, with something done to its embeddings before and to its values after."""
+
+    def function(**arguments):
+        arguments = {k: before(v) if k in ("x", "y", "z", "z1", "z2") else v for k, v in arguments.items()}
+        return after(getattr(flashcl, c.function)(**arguments, backend=backend))
+
+    return function
+
+
+def total_of(values):
+    return sum(v.sum() for v in values) if isinstance(values, tuple) else values
+
+
+# ---- the contract
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("backend, dtype", EVERY)
+def test_regimes(backend, dtype, loss, regime):
+    assert violations(case(loss, regime, n=40), dtype, backend=backend) == []
+
+
+SHAPES = [(1, 4, 5), (2, 2, 1), (3, 7, 2), (17, 19, 3), (33, 70, 17), (64, 65, 64), (31, 33, 100), (20, 23, 512)]
+
+
+@pytest.mark.parametrize("n, m, d", [*SHAPES, (9, 11, 1152), (96, 95, 8)])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("backend, dtype", TWO)
+def test_shapes(backend, dtype, loss, n, m, d):
+    m = max(n, m) if loss == "info_nce one-way" else m  # logsumexp takes M < N as well
+    assert violations(case(loss, "init", n=n, m=m, d=d), dtype, backend=backend) == []
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if not loss.startswith("logsumexp")])
+@pytest.mark.parametrize("backend, dtype", EVERY)
+def test_reductions(backend, dtype, loss, reduction):
+    assert violations(case(loss, "init", n=37, reduction=reduction), dtype, backend=backend) == []
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if not loss.startswith("logsumexp")])
+@pytest.mark.parametrize("backend, dtype", EVERY)
+def test_normalize(backend, dtype, loss):
+    assert violations(case(loss, "unnormalised", n=37, normalize=True), dtype, backend=backend) == []
+
+
+@pytest.mark.parametrize("axis", ["rows", "cols"])
+@pytest.mark.parametrize("loss", ["logsumexp", "logsumexp off-diagonal"])
+@pytest.mark.parametrize("n, m", [(20, 37), (37, 20)])
+def test_one_axis(backend, loss, axis, n, m):
+    assert violations(case(loss, "cone", n=n, m=m, axis=axis), SINGLE, backend=backend) == []
+
+
+def test_without_biases(backend):
+    c = case("logsumexp off-diagonal", "init", n=37, m=20)
+    for left_out in (["row_bias"], ["col_bias"], ["row_bias", "col_bias"], ["row_bias", "col_bias", "logit_scale"]):
+        fewer = replace(c, tensors={k: v for k, v in c.tensors.items() if k not in left_out})
+        assert violations(fewer, SINGLE, backend=backend) == []
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_full_tiles(loss, monkeypatch):
+    """The torch backend in the tiles that it ships with."""
+    monkeypatch.undo()
+    assert violations(case(loss, "init", n=1030, m=1050, d=8), SINGLE, backend="torch") == []
+
+
+@pytest.mark.parametrize("regime", ["init", "large"])
+@pytest.mark.parametrize("n, m", [(20, 2200), (2200, 20)])
+def test_many_tiles_in_a_line(backend, n, m, regime):
+    """More tiles in a row, or in a column, than one step of a merge takes."""
+    assert violations(case("logsumexp", regime, n=n, m=m, d=4), SINGLE, backend=backend) == []
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs the interpreter")
+@pytest.mark.parametrize("regime", ["cone", "t=0.005"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_many_blocks(loss, regime, monkeypatch):
+    """The triton backend with hardly any workspace: S in blocks of one tile, which must add up to the same."""
+    plan = importlib.import_module("flashcl.backends.triton").Plan
+    of = plan.of
+    monkeypatch.setattr(plan, "of", lambda *args: replace(of(*args), workspace=1))
+    for dtype in (SINGLE, BF16):
+        assert violations(case(loss, regime, n=75, m=140), dtype, backend="triton") == []
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 30.0, 80.0])
+@pytest.mark.parametrize("backend, dtype", EVERY)
+def test_closed_form(backend, dtype, scale):
+    """Orthogonal pairs: loss = log1p(K e^-scale) of K negatives, down to 1e-33 where the float64 reference says 0."""
+    n, wide = 24, DOUBLE if dtype == DOUBLE else SINGLE
+    near = 1e-13 if dtype == DOUBLE else 1e-4  # half a unit in the last place of s = 80 is 4e-6
+    x, y = (torch.eye(n, dtype=dtype, requires_grad=True) for _ in "xy")
+    s = torch.tensor(scale, dtype=wide, requires_grad=True)
+    for symmetric in (True, False):
+        value = flashcl.info_nce(x, y, logit_scale=s, symmetric=symmetric, backend=backend)
+        dx, ds = torch.autograd.grad(value, (x, s))
+        odds = (n - 1) * math.exp(-scale)
+        p = odds / (1 + odds)  # what is left for the negatives
+        assert value.item() == pytest.approx(math.log1p(odds), rel=near, abs=0)
+        assert ds.item() == pytest.approx(-p, rel=near, abs=0)
+        expected = torch.full((n, n), p * scale / n / (n - 1), dtype=DOUBLE).fill_diagonal_(-p * scale / n)
+        rounding = torch.finfo(dtype)  # float16 ends before the gradient does
+        torch.testing.assert_close(dx.double(), expected, rtol=near + 3 * rounding.eps, atol=rounding.tiny)
+    value = flashcl.nt_xent(x, y, temperature=1 / s, backend=backend)
+    assert value.item() == pytest.approx(math.log1p((2 * n - 2) * math.exp(-scale)), rel=near, abs=0)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradcheck(loss):
+    """Finite differences know nothing of any reference."""
+    c = per_row(loss, "t=1", n=5, m=7, d=3)
+    names, leaves = list(c.tensors), [v.clone().requires_grad_() for v in c.tensors.values()]
+
+    def function(*leaves):
+        return getattr(flashcl, c.function)(**dict(zip(names, leaves)), **c.options, backend="torch")
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+# ---- NaN and infinity
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bad_rows_come_out_where_the_reference_has_them(backend, loss, bad):
+    for c in (per_row(loss, "t=1", n=20), case(loss, "t=1", n=20)):
+        c = c.to(SINGLE)
+        for name in [name for name, v in c.tensors.items() if v.dim() == 2]:
+            broken = c.tensors[name].clone()
+            broken[3, 1] = bad
+            broken = replace(c, tensors=c.tensors | {name: broken})
+            expected = evaluate(getattr(reference, c.function), broken)
+            results = evaluate(through(c, backend), broken)
+            assert any(not v.isfinite().all() for v in expected.values())
+            for quantity in expected:
+                assert torch.equal(results[quantity].isfinite(), expected[quantity].isfinite()), (name, quantity)
+
+
+def test_bad_labels_do_not_exist():
+    """Labels are only compared: any integers do, of any integer dtype."""
+    z = torch.randn(6, 4)
+    labels = torch.tensor([0, 1, 0, 1, 1, 2])
+    expected = flashcl.sup_con(z, labels, backend="torch")
+    for other in (labels.int(), labels.short(), labels.to(torch.uint8), labels * 2**40 - 7, -labels):
+        assert torch.equal(flashcl.sup_con(z, other, backend="torch"), expected)
+
+
+# ---- layouts
+
+
+LAYOUTS = {
+    "transposed": lambda v: v.T.contiguous().T,
+    "columns of a wider matrix": lambda v: F.pad(v, (3, 5), value=math.nan)[:, 3:-5],
+    "every other row": lambda v: torch.stack([v, torch.full_like(v, math.nan)], dim=1).flatten(0, 1)[::2],
+    "every other column": lambda v: torch.stack([v, torch.full_like(v, math.nan)], dim=2).flatten(1)[:, ::2],
+    "rows of a longer matrix": lambda v: F.pad(v, (0, 0, 7, 9), value=math.nan)[7:-9],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_layouts(backend, loss, layout):
+    c = case(loss, "init", n=21)
+    for dtype in (SINGLE, BF16):
+        assert violations(c, dtype, function=through(c, backend, before=LAYOUTS[layout])) == []
+
+
+@pytest.mark.parametrize("n, stride", [(4, 2**30), (400, 2**23 - 16)])
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "nt_xent"])  # which works on a copy
+def test_rows_far_apart(backend, loss, n, stride):
+    """Offsets beyond 2^31, within a tile and from tile to tile, in memory that is never touched."""
+    c = case(loss, "init", n=n, m=n).to(BF16)
+
+    def spread(v):
+        v = v.detach()
+        no_reserve = 0x4000  # MAP_NORESERVE of Linux, which Python names since 3.13
+        nowhere = mmap.mmap(-1, 2 * stride * len(v), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+        far = torch.frombuffer(nowhere, dtype=BF16).as_strided(v.shape, (stride, 1))
+        far.copy_(v)
+        return far
+
+    leaves = {k: (spread(v) if v.dim() == 2 else v).requires_grad_() for k, v in c.tensors.items()}
+    values = through(c, backend)(**leaves, **c.options)
+    values = values if isinstance(values, tuple) else (values,)
+    gradients = torch.autograd.grad(values, list(leaves.values()), [contract._upstream(v, None) for v in values])
+    plain = evaluate(through(c, backend), c)
+    assert torch.equal(values[0], plain["value"])
+    for name, g in zip(leaves, gradients):
+        assert torch.equal(g, plain[f"grad {name}"])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_expanded_inputs(backend, loss):
+    """Rows with stride 0, and a bias that is one number for all rows."""
+    c = per_row(loss, "constant", n=21).to(SINGLE)
+    plain = evaluate(through(c, backend), c)
+    leaves = {}
+    for name, v in c.tensors.items():
+        leaves[name] = (v[:1].expand_as(v) if v.dim() == 2 else v.clone()).detach().requires_grad_()
+    values = through(c, backend)(**leaves, **c.options)
+    values = values if isinstance(values, tuple) else (values,)
+    upstream = [torch.ones(1).expand_as(v) for v in values]
+    gradients = torch.autograd.grad(values, list(leaves.values()), upstream)
+    assert all(g.shape == v.shape and g.isfinite().all() for g, v in zip(gradients, leaves.values()))
+    torch.testing.assert_close(values[0], plain["value"])
+
+
+UPSTREAM = {
+    "sum": lambda v: v.sum(),  # an upstream gradient of stride 0
+    "strided": lambda v: v[::2].sum() + v[1::2].sum(),
+    "expanded": lambda v: v[:, None].expand(-1, 3).sum() / 3,
+    "concatenated": lambda v: torch.cat([v, v]).sum() / 2,
+    "of one row": lambda v: (v * F.one_hot(torch.tensor(3), len(v))).sum(),
+}
+
+
+@pytest.mark.parametrize("upstream", UPSTREAM)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_upstream_layouts(backend, loss, upstream):
+    c = per_row(loss, "init", n=21, **(dict(axis="rows") if loss.startswith("logsumexp") else {})).to(SINGLE)
+    expected = evaluate(lambda **k: UPSTREAM[upstream](getattr(reference, c.function)(**k)), c)
+    results = evaluate(through(c, backend, after=UPSTREAM[upstream]), c)
+    for name in expected:
+        torch.testing.assert_close(results[name], expected[name], rtol=2e-4, atol=2e-5)
+
+
+# ---- autograd
+
+
+@pytest.mark.parametrize("regime", ["cone", "converged"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_subset_of_gradients(backend, loss, regime):
+    c = case(loss, regime, n=21).to(SINGLE)
+    everything = evaluate(through(c, backend), c)
+    for size in range(len(c.tensors)):
+        for wanted in itertools.combinations(c.tensors, size):
+            leaves = {name: v.clone().requires_grad_(name in wanted) for name, v in c.tensors.items()}
+            values = through(c, backend)(**leaves, **c.options)
+            values = values if isinstance(values, tuple) else (values,)
+            assert torch.equal(values[0], everything["value"])
+            assert values[0].requires_grad == bool(wanted)
+            if wanted:
+                torch.autograd.backward(values, [contract._upstream(v, None) for v in values])
+            for name, leaf in leaves.items():
+                if name not in wanted:
+                    assert leaf.grad is None
+                    continue
+                full = everything[f"grad {name}"]
+                torch.testing.assert_close(leaf.grad, full, rtol=1e-4, atol=1e-5 * full.abs().max().item())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_no_grad(backend, loss):
+    c = case(loss, "init", n=21).to(BF16)
+    leaves = {name: v.clone().requires_grad_() for name, v in c.tensors.items()}
+    with torch.no_grad():
+        values = through(c, backend)(**leaves, **c.options)
+    for value in values if isinstance(values, tuple) else (values,):
+        assert not value.requires_grad and value.dtype == SINGLE
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("backend, dtype", EVERY)
+def test_dtypes_of_results(backend, dtype, loss):
+    c = case(loss, "init", n=5).to(dtype)
+    wide = DOUBLE if dtype == DOUBLE else SINGLE
+    for name, v in evaluate(through(c, backend), c).items():
+        if name.startswith("grad"):
+            leaf = c.tensors[name.removeprefix("grad ")]
+            assert (v.dtype, v.shape) == (leaf.dtype, leaf.shape)
+        else:
+            assert v.dtype == wide
+
+
+@pytest.mark.parametrize("other", [SINGLE, DOUBLE, BF16])
+def test_scalars_of_any_dtype_and_form(backend, other):
+    """A scale is a number, 0-d or of one element, in any dtype: its gradient has its dtype and shape."""
+    x, y = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
+    expected = flashcl.siglip(x, y, logit_scale=2.0, logit_bias=-0.5, backend=backend)
+    for shape in ((), (1,), (1, 1)):
+        t, b = (torch.full(shape, v, dtype=other, requires_grad=True) for v in (2.0, -0.5))
+        loss = flashcl.siglip(x, y, logit_scale=t, logit_bias=b, backend=backend)
+        dt, db = torch.autograd.grad(loss, (t, b))
+        assert torch.equal(loss, expected)
+        assert (dt.dtype, dt.shape, db.dtype, db.shape) == (other, shape, other, shape)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("backend, dtype", TWO)
+def test_same_bits_twice(backend, dtype, loss):
+    torch.use_deterministic_algorithms(False)  # what poisons memory must not be what makes the bits the same
+    c = case(loss, "init", n=37).to(dtype)
+    first, second = evaluate(through(c, backend), c), evaluate(through(c, backend), c)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="only the interpreter can run programs in another order")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_program_order_does_not_matter(loss):
+    import interpreter
+
+    c = case(loss, "init", n=70, m=75).to(BF16)
+    forward = evaluate(through(c, "triton"), c)
+    with interpreter.reversed_programs():
+        backward = evaluate(through(c, "triton"), c)
+    for name in forward:
+        assert torch.equal(forward[name], backward[name]), name
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_backward_twice(backend, loss):
+    """A retained graph gives the same gradient again, twice the upstream twice the gradient; .grad accumulates."""
+    c = case(loss, "init", n=21).to(SINGLE)
+    leaves = {name: v.clone().requires_grad_() for name, v in c.tensors.items()}
+    values = through(c, backend)(**leaves, **c.options)
+    total = total_of(values)
+    once = torch.autograd.grad(total, list(leaves.values()), retain_graph=True)
+    kept = [g.clone() for g in once]
+    doubled = torch.autograd.grad(2 * total, list(leaves.values()), retain_graph=True)
+    total.backward(retain_graph=True)
+    total.backward()
+    for g, k, d, leaf in zip(once, kept, doubled, leaves.values()):
+        assert torch.equal(g, k), "a gradient that was handed out changed later"
+        assert torch.equal(d, 2 * k)
+        assert torch.equal(leaf.grad, 2 * k)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_inputs_are_left_alone(backend, loss):
+    c = case(loss, "init", n=21).to(SINGLE)
+    leaves = {name: v.clone().requires_grad_() for name, v in c.tensors.items()}
+    values = through(c, backend)(**leaves, **c.options)
+    total_of(values).backward()
+    for name, leaf in leaves.items():
+        assert leaf._version == 0 and torch.equal(leaf, c.tensors[name])
+
+
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if loss != "siglip"])
+def test_edits_between_forward_and_backward_are_detected(backend, loss):
+    c = case(loss, "init", n=21).to(SINGLE)
+    for edited in [name for name, v in c.tensors.items() if v.dim() == 2]:
+        leaves = {name: v.clone().requires_grad_() for name, v in c.tensors.items()}
+        # A product of the leaf, since a leaf that needs a gradient cannot be edited.
+        inputs = leaves | {edited: leaves[edited] * 1}
+        values = through(c, backend)(**inputs, **c.options)
+        if loss == "nt_xent":  # works on a copy, [z1; z2]: nothing to detect, and nothing goes wrong
+            expected = evaluate(through(c, backend), c)[f"grad {edited}"]
+            inputs[edited].data.mul_(2)
+            assert torch.equal(torch.autograd.grad(values, leaves[edited])[0], expected)
+            continue
+        inputs[edited].detach().mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            total_of(values).backward()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_double_backward_says_that_it_cannot(backend, loss):
+    c = case(loss, "init", n=5).to(SINGLE)
+    leaves = {name: v.clone().requires_grad_() for name, v in c.tensors.items()}
+    values = through(c, backend)(**leaves, **c.options)
+    total = total_of(values)
+    with pytest.raises(NotImplementedError, match="first derivatives"):
+        gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=True)
+        (total + 10 * sum(g.square().sum() for g in gradients)).backward()  # a gradient penalty, never in silence
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_autocast(backend, loss):
+    """Inside autocast float32 embeddings are computed on in bfloat16; gradients come back in float32."""
+    c = case(loss, "init", n=21).to(SINGLE)
+
+    def inside(**arguments):
+        with torch.autocast("cpu", torch.bfloat16):
+            return through(c, backend)(**arguments)
+
+    outside = evaluate(through(c, backend), c.to(BF16))
+    for name, v in evaluate(inside, c).items():
+        assert v.dtype == SINGLE
+        torch.testing.assert_close(v, outside[name].float(), rtol=0, atol=0)
+
+
+def test_unusable_backends_say_why():
+    x = torch.randn(4, 4)
+    with pytest.raises(RuntimeError, match="'cuda' cannot serve"):
+        flashcl.info_nce(x, x, temperature=1.0, backend="cuda")
+    with pytest.raises(RuntimeError, match="'triton' cannot serve torch.float64"):
+        flashcl.info_nce(x.double(), x.double(), temperature=1.0, backend="triton")

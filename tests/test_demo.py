@@ -1,0 +1,312 @@
+"""`flashcl demo` on a few hundred generated functions: the data, the encoder, a whole small run, the search."""
+
+import argparse
+import ast
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from flashcl.cli import corpus, demo, encoder, memory, report
+from flashcl.cli.encoder import Bags, Encoder, features, words
+
+VERBS = "parse read write merge sort split count delete update encode decode compress".split()
+NOUNS = "date string matrix graph archive socket header image table queue token folder".split()
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_and_quiet(monkeypatch):
+    """A narrow model, and one thread: it is small enough, and others may be using the other cores."""
+    monkeypatch.setattr(encoder, "WIDTH", 32)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of child processes
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def code_folder(tmp_path_factory):
+    """A package of 288 documented functions, two for every verb and noun."""
+    folder = tmp_path_factory.mktemp("code") / "package"
+    folder.mkdir()
+    for noun in NOUNS:
+        source = "".join(
+            f'def {verb}_{noun}{suffix}({noun}_input):\n    """{verb.title()} a {noun}{words} in one pass."""\n'
+            f"    result = {noun}_input.{verb}({len(verb)})\n    return result{suffix}\n\n"
+            for verb, (suffix, words) in itertools.product(VERBS, (("", ""), ("_reversed", ", last item first,")))
+        )
+        (folder / f"{noun}.py").write_text(source)
+    return folder.parent
+
+
+@pytest.fixture(scope="module")
+def data(code_folder):
+    return demo.prepare(corpus.parse(corpus.find_sources([code_folder])).pairs, seed=0)
+
+
+def arguments(*options):
+    """What argparse makes of `flashcl demo <options>`."""
+    parser = argparse.ArgumentParser()
+    demo.add_parser(parser.add_subparsers())
+    return parser.parse_args(["demo", *map(str, options)])
+
+
+# ---- corpus
+
+
+def parse(folder, **files):
+    for name, source in files.items():
+        (folder / f"{name}.py").write_bytes(source if isinstance(source, bytes) else source.encode())
+    return corpus.parse(corpus.find_sources([folder]))
+
+
+def test_pairs_hold_name_place_text_and_code_without_docstrings(tmp_path):
+    source = '''
+class Stack:
+    """A class has no pair of its own."""
+
+    def push(self, item: int = 3):
+        """Put an item on
+        the höchste place.
+
+        SECOND paragraph.
+        """
+        def inner():
+            "INNER docstring"
+            return item  # kept
+        return inner
+
+    def one_line(self): "LEAK of a whole docstring here"; return 1
+'''
+    push, one_line = parse(tmp_path, module=source).pairs
+    assert push.name == "module.Stack.push" and push.file == str(tmp_path / "module.py") and push.line == 5
+    assert push.text == "Put an item on the höchste place."
+    assert "def push(self, item: int = 3):" in push.code and "return item  # kept" in push.code
+    assert not any(word in push.code for word in ("höchste", "SECOND", "INNER", '"'))
+    assert "LEAK" not in one_line.code and "return 1" in one_line.code
+
+
+def test_no_docstring_leaks_from_the_standard_library():
+    source = corpus.Source(ast.__file__, "ast")
+    _, pairs, error = corpus.parse_source(source)
+    assert error is None and len(pairs) > 20
+    assert not any(pair.text in " ".join(pair.code.split()) for pair in pairs)
+
+
+def test_equal_texts_and_equal_codes_are_dropped(tmp_path):
+    function = 'def {}(a):\n    """{}"""\n    return {}\n'
+    pairs = parse(
+        tmp_path,
+        first=function.format("f", "Return the one thing.", 1),
+        second=function.format("g", "Return the ONE thing.", 2),
+        third=function.format("f", "Another text, the same code.", 1),
+    ).pairs
+    assert [pair.name for pair in pairs] == ["first.f"]
+
+
+def test_tiny_texts_and_empty_bodies_are_left_out(tmp_path):
+    source = 'def f():\n    """Do it now."""\n    return 1\ndef g():\n    """Overridden in the derived classes."""\n'
+    assert parse(tmp_path, module=source).pairs == []
+
+
+def test_files_that_cannot_be_read_are_counted(tmp_path):
+    good = 'def f():\n    """Return the größte number here."""\n    return 1\n'
+    found = parse(
+        tmp_path,
+        broken='"""text"""\ndef f(:\n',
+        null=b'"""text"""\n\x00',
+        not_utf8=good.encode("latin-1"),
+        with_cookie=b"# coding: latin-1\n" + good.encode("latin-1"),
+    )
+    assert [pair.text for pair in found.pairs] == ["Return the größte number here."]
+    assert found.files == 4
+    assert {file.rsplit("/")[-1] for file, _ in found.skipped} == {"broken.py", "null.py", "not_utf8.py"}
+    assert "3 files skipped" in found.describe() and "1 UnicodeDecodeError" in found.describe()
+
+
+def test_folders_of_tests_are_left_out(tmp_path):
+    for folder in ("tests", "kept"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "__init__.py").touch()
+    assert [source.module for source in corpus.find_sources([tmp_path])] == ["kept"]
+
+
+def test_the_number_of_pairs_is_bounded_and_their_order_fixed(code_folder):
+    sources = corpus.find_sources([code_folder])
+    assert sources == corpus.find_sources([code_folder])
+    everything, some = corpus.parse(sources), corpus.parse(sources, limit=100)
+    assert len(everything.pairs) == 2 * len(VERBS) * len(NOUNS)
+    assert some.pairs == everything.pairs[:100] and some.files < everything.files
+
+
+def test_parsing_in_several_processes_gives_the_same(code_folder, monkeypatch):
+    sources = corpus.find_sources([code_folder])
+    alone = corpus.parse(sources)
+    monkeypatch.setattr(corpus, "FILES_PER_PROCESS", 2)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    assert corpus.parse(sources) == alone
+
+
+def test_cache_is_used_until_the_packages_change(code_folder, tmp_path, monkeypatch):
+    cache, parsed = tmp_path / "corpus.json", []
+    track = lambda items, total, description: (parsed.append(1), items)[1]  # noqa: E731
+    fresh = corpus.load(cache, [code_folder], track)
+    assert corpus.load(cache, [code_folder], track) == fresh and len(parsed) == 1
+    cache.write_text(cache.read_text()[:1000])
+    assert corpus.load(cache, [code_folder], track) == fresh and len(parsed) == 2
+    package = SimpleNamespace(name="new", version="1.0")
+    monkeypatch.setattr(corpus.importlib.metadata, "distributions", lambda: [package])
+    assert corpus.load(cache, [code_folder], track) == fresh and len(parsed) == 3
+
+
+# ---- encoder
+
+
+def test_identifiers_are_split():
+    assert words("HTTPServer2.parse_isoDate(x)") == ["http", "server", "2", "parse", "iso", "date", "x"]
+
+
+def test_hashing_is_the_same_in_every_process():
+    program = "from flashcl.cli.encoder import features; print(features('parse'))"
+    environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    there = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert there.stdout.strip() == str(features("parse"))
+
+
+def test_bags_select_rows():
+    texts = ["parse a date", "", "date date"]
+    bags = Bags.of(texts)
+    rows = torch.tensor([2, 1, 2, 0])
+    assert taken_equal(bags.take(rows), Bags.of([texts[row] for row in rows]))
+    norms = [bags.weighted(torch.ones(2**15)).take(torch.tensor([row])).weights.norm().item() for row in (0, 1, 2)]
+    assert norms == pytest.approx([1, 0, 1])
+
+
+def taken_equal(a, b):
+    return torch.equal(a.ids, b.ids) and torch.equal(a.weights, b.weights) and torch.equal(a.starts, b.starts)
+
+
+def test_an_untrained_encoder_matches_common_words():
+    torch.manual_seed(0)
+    untrained = Encoder().eval()
+    x = untrained.encode_text(Bags.of(["parse a date"]))
+    y = untrained.encode_code(Bags.of(["parse_date(a)", "sort_queue(b)"]))
+    assert x.norm().item() == pytest.approx(1) and (x @ y.T).argmax() == 0
+
+
+# ---- training
+
+
+def test_dense_and_flashcl_coincide_and_learn(data):
+    dense, fused = (demo.train(loss, data, CPU, 64, 20, seconds=1e9, seed=0) for loss in ("dense", "flashcl"))
+    assert dense.losses[0] == pytest.approx(fused.losses[0], abs=1e-5)
+    assert dense.losses == pytest.approx(fused.losses, abs=1e-2)
+    assert fused.losses[-1] < 0.8 * fused.losses[0]
+    assert fused.recall10 > 5 * 10 / len(data.test) and fused.recall1 <= fused.recall10
+
+
+def test_batches_are_the_same_for_a_seed_and_hold_no_pair_twice(data):
+    first, again = (list(itertools.islice(demo.batches(data.train, 100, seed=3), 7)) for _ in range(2))
+    assert all(map(torch.equal, first, again))
+    assert all(len(batch.unique()) == 100 for batch in first)
+    assert not set(data.train.tolist()) & set(data.test.tolist())
+
+
+def test_the_time_limit_ends_a_run(data):
+    assert len(demo.train("flashcl", data, CPU, 64, steps=10**9, seconds=0.5, seed=0).losses) < 10**4
+
+
+@pytest.mark.skipif(not memory.measurable(CPU), reason="reads /proc")
+def test_measured_memory_of_dense_grows_and_that_of_flashcl_does_not():
+    measured = {(m.loss, m.batch): m.peak for m in memory.measure_all(CPU, [1024, 2048], dim=16)}
+    assert 4 < measured["dense", 2048] / (4 * 2048**2) < 7
+    assert measured["flashcl", 2048] < measured["dense", 2048] / 4
+
+
+def test_dense_is_not_run_where_memory_lacks(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda device: 2**20)
+    dense, fused = memory._measure_here(CPU, [512], 16)
+    assert dense == memory.Measured("dense", 512, None, memory.FIRST_GUESS * 4 * 512**2) and fused.peak is not None
+
+
+# ---- the whole
+
+
+def test_a_small_run_from_code_to_search(code_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ("--batch", 32, "--large-batch", 128, "--steps", 15, "--device", "cpu")
+    assert demo.run(arguments("--code", code_folder, "--out", out, *options)) == 0
+    shown = capsys.readouterr().out
+    for expected in ("288 (docstring, code) pairs", "recall@10", "max |difference|", "not trained:", str(out)):
+        assert expected in shown
+    assert shown.count("\n") < 40 and "\r" not in shown  # no bars where nobody watches
+    if importlib.util.find_spec("matplotlib"):
+        assert (out / "demo.png").read_bytes()[:4] == b"\x89PNG"
+
+    assert demo.run(arguments("--out", out, "--search", "compress an image")) == 0
+    answers = capsys.readouterr().out.splitlines()
+    assert len(answers) == 20 and any("package.image.compress_image" in line for line in answers)
+    assert f"  {code_folder}/package/" in answers[0]
+
+
+def test_fewer_threads_are_taken_where_they_are_faster(monkeypatch, capsys):
+    torch.set_num_threads(4)
+    monkeypatch.setattr(demo.flashcl, "info_nce", lambda *a, **k: time.sleep(0.001 * torch.get_num_threads()))
+    demo.choose_threads()
+    assert torch.get_num_threads() == 1 and "1 of 4 threads" in capsys.readouterr().out
+
+
+def test_search_without_an_encoder_says_what_to_do(tmp_path, capsys):
+    assert demo.run(arguments("--out", tmp_path, "--search", "anything")) == 1
+    assert "run `flashcl demo` first" in capsys.readouterr().out
+
+
+def test_search_in_a_file_of_another_version_says_what_to_do(tmp_path, capsys):
+    torch.save({"layout": [0]}, tmp_path / "encoder.pt")
+    assert demo.run(arguments("--out", tmp_path, "--search", "anything")) == 1
+    assert "another version" in capsys.readouterr().out
+
+
+def test_too_little_code_is_refused(tmp_path, capsys):
+    assert demo.run(arguments("--code", tmp_path, "--out", tmp_path / "out", "--device", "cpu")) == 1
+    assert "too few" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", ["--batch", "--large-batch", "--steps", "--seconds"])
+def test_numbers_must_be_positive(option, capsys):
+    with pytest.raises(SystemExit):
+        arguments(option, 0)
+    assert "expected a positive number, got 0" in capsys.readouterr().err
+
+
+# ---- report
+
+
+def test_without_matplotlib_the_plot_is_skipped_aloud(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    demo.draw([], [], tmp_path / "demo.png", "here", CPU)
+    assert "plot skipped" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_progress_on_a_terminal(monkeypatch, capsys, rich):
+    if rich and not importlib.util.find_spec("rich"):
+        pytest.skip("rich is not installed")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    if not rich:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert list(report.track(range(3), 3, "counting")) == [0, 1, 2]
+    assert "counting: 0." in capsys.readouterr().out
+
+
+def test_sizes_in_words():
+    shown = [report.size(count) for count in (0, 2000, 300 * 2**20, 5 * 2**30)]
+    assert shown == ["0 B", "2.0 KiB", "300 MiB", "5.0 GiB"]

@@ -1,0 +1,109 @@
+"""The tile of every kernel on every GPU generation, with the reason beside it. Nothing is tuned at run time.
+
+The numbers rest on compiled code (registers, spills, shared memory: tests/compile_budget.py prints them), not yet on timings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Bound on the largest temporary of a call: the block of G in the backward, the statistics of the tiles in the forward.
+# 16k x 16k elements of 16 bits: blocks so large that adding them up in dx and dy costs nothing beside the GEMMs.
+WORKSPACE = 512 * 2**20
+
+
+LARGEST = 256  # no tile has more rows or columns
+
+
+@dataclass(frozen=True)
+class Tile:
+    BN: int  # rows of S in a tile
+    BM: int  # columns of S in a tile
+    BK: int  # of D in a step
+    warps: int
+    stages: int  # steps in flight
+    tma: bool = False  # load through tensor descriptors where the alignment of the tensors allows it
+    GROUP: int = 8  # tiles of a column that run together: 8 x 128 rows of x stay in L2 while y passes by
+
+
+@dataclass(frozen=True)
+class Row:
+    """The tiles of one kernel: of a rectangle of S, and the square ones of a triangle on its diagonal."""
+
+    tile: Tile
+    square: Tile
+
+
+def _row(BN: int, BM: int, *rest, square: tuple | None = None, **options) -> Row:
+    tile = Tile(BN, BM, *rest, **options)
+    return Row(tile, Tile(*square, **options) if square else tile)
+
+
+# Rows are named by what the epilogue has to keep in registers beside the tile. A value per column weighs most: a thread
+# holds 32 or 64 columns, and with two classes or with biases there are several values for each.
+#   sweep    s, exp(s) and the totals of rows and columns     sweep2   with two classes, or with biases
+#   grad     s, G and the coefficients of rows and columns    grad2    with two classes, or with biases
+#   sigmoid  s, exp(-|s|), a polynomial
+# No row spills on any of its generations; "spills" below is said of the next larger tile.
+#
+# 16 bits: BK = 64 is 128 bytes, the widest swizzle of shared memory.
+_MMA16 = {  # sm_80, sm_86, sm_89: 64 KiB of shared memory in 3 stages, which the 99 KiB of sm_86 and sm_89 hold as well
+    "sweep": _row(128, 128, 64, 8, 3),  # 8 warps: 64 accumulators in a thread; 4 warps spill
+    "sweep2": _row(128, 64, 64, 8, 3, square=(64, 64, 64, 4, 3)),  # 128 x 128 spills
+    "grad": _row(128, 128, 64, 8, 3),
+    "grad2": _row(128, 64, 64, 8, 3, square=(64, 64, 64, 4, 3)),  # 128 x 128 takes all 255 registers
+    "sigmoid": _row(128, 128, 64, 8, 3),
+}
+_SM90_16 = {
+    # 85 FLOP per byte from L2 where 128 x 128 has 64, and L2 is the limit here. 128 x 256 spills: twice the columns.
+    "sweep": _row(256, 128, 64, 8, 4, square=(128, 128, 64, 8, 4), tma=True),
+    "sweep2": _row(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),
+    # 4 warps and 98 KiB: two programs on an SM, the epilogue and the store of one behind the products of the other.
+    "grad": _row(128, 128, 64, 4, 3, tma=True),
+    "grad2": _row(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),
+    "sigmoid": _row(128, 128, 64, 8, 4, tma=True),  # 4 warps spill
+}
+_SM100_16 = {  # the accumulator lies in tensor memory; a thread reads half a row of it, 64 columns of 128
+    "sweep": _row(128, 128, 64, 8, 4, tma=True),
+    "sweep2": _row(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),
+    "grad": _row(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),  # 128 x 128 spills for some sizes
+    "grad2": _row(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),
+    "sigmoid": _row(128, 128, 64, 8, 4, tma=True),
+}
+
+# float32: three TF32 products each, of operands split into a high and a low part, which takes registers for both.
+_SMALL32 = _row(64, 64, 32, 4, 3)  # the largest tile that does not spill with mma.sync
+_MMA32 = dict.fromkeys(_MMA16, _SMALL32)
+_SM90_32 = {
+    "sweep": _row(128, 128, 32, 8, 3, tma=True),
+    "sweep2": _row(64, 64, 32, 4, 3, tma=True),
+    "grad": _row(128, 128, 32, 8, 3, tma=True),
+    "grad2": _row(64, 64, 32, 4, 3, tma=True),
+    "sigmoid": _row(128, 128, 32, 8, 3, tma=True),
+}
+_SM100_32 = _SM90_32 | {
+    "sweep": _row(128, 64, 32, 8, 3, square=(64, 64, 32, 4, 3), tma=True),  # 128 x 128 spills for some sizes
+    "grad": _row(128, 64, 32, 8, 3, square=(64, 64, 32, 4, 3), tma=True),
+}
+
+INTERPRETER = 0  # no GPU: see triton.runtime.interpreter. Its time goes by operations, not by elements
+_INTERPRETED = dict.fromkeys(_MMA16, _row(64, 64, 64, 4, 1))
+
+_TABLE = {  # architecture -> rows for 16 bits, rows for float32
+    INTERPRETER: (_INTERPRETED, _INTERPRETED),
+    80: (_MMA16, _MMA32),
+    86: (_MMA16, _MMA32),
+    89: (_MMA16, _MMA32),
+    90: (_SM90_16, _SM90_32),
+    100: (_SM100_16, _SM100_32),
+    120: (_MMA16, _MMA32),  # mma.sync and 99 KiB of shared memory, like sm_89
+}
+
+
+def row(arch: int, kernel: str, dtype: torch.dtype) -> Row:
+    """The row for an architecture (90 is sm_90): that of the nearest one below where the table has none."""
+    nearest = max(known for known in _TABLE if known <= arch)
+    sixteen_bits, float32 = _TABLE[nearest]
+    return (sixteen_bits if dtype.itemsize == 2 else float32)[kernel]

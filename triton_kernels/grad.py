@@ -1,0 +1,214 @@
+"""grad_kernel walks the tiles of S again and turns every logit into its G: dx = G y and dy = G^T x are then plain GEMMs."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Tile
+from .programs import Program
+from .sweep import log1p
+from .tile import Block, grid, load_vectors, logits, on, operands, options, product, tile_of
+
+# Where the log-sum-exps of a tile lie within SPREAD of each other, e = exp(s - lowest) serves its rows and its columns:
+# s <= lse of a pair that counts, so that e <= exp(SPREAD) is far from overflow, and weight * exp(lowest - lse) >=
+# weight * exp(-SPREAD) = weight * 4e-18 is a normal number for weights down to 3e-21. What underflows is below 1e-38 of its weight.
+SPREAD = tl.constexpr(40.0)
+
+
+class Side(NamedTuple):
+    """The coefficients of G along the rows or along the columns, rounded up to whole tiles.
+
+    Lines past the edge and lines without pairs have weight 0 and lse +inf: G = 0.
+    """
+
+    weight: Any  # (K, n) float32
+    lse: Any  # (K, n) float32; None with sigmoid coefficients
+    stride: int  # from one class to the next
+    offset: Any  # (n,) float32, or None
+
+
+class Sums(NamedTuple):
+    """Where the row and column sums of each tile go, or None. N and M are rounded up to whole tiles."""
+
+    g_rows: Any  # (tiles_m, N) float32: of G
+    g_cols: Any  # (tiles_n, M) float32
+    softplus: Any  # (tiles_m, N) float32: of weight * softplus(s)
+
+
+@triton.jit
+def load_side(side, k, i):
+    """weight and lse of class k"""
+    at = k * side.stride + i
+    return tl.load(side.weight + at), tl.load(side.lse + at)
+
+
+@triton.jit
+def weighted_exp(s, positive, side, i, AXIS: tl.constexpr):
+    """weight[k] exp(s - lse[k]), k the class of the pair, by the rows (AXIS 1) or by the columns (AXIS 0)."""
+    weight, lse = load_side(side, 0, i)
+    weight, lse = tl.expand_dims(weight, AXIS), tl.expand_dims(lse, AXIS)
+    if positive is not None:
+        weight1, lse1 = load_side(side, 1, i)
+        weight = tl.where(positive, tl.expand_dims(weight1, AXIS), weight)
+        lse = tl.where(positive, tl.expand_dims(lse1, AXIS), lse)
+    return weight * tl.exp(s - lse)  # (BN, BM)
+
+
+@triton.jit
+def lowest(row_lse, col_lse):
+    return tl.minimum(tl.min(row_lse), tl.min(col_lse))
+
+
+@triton.jit
+def highest(row_lse, col_lse):
+    """Of the log-sum-exps that are finite; -inf of none."""
+    row_lse = tl.where(row_lse < float("inf"), row_lse, float("-inf"))
+    col_lse = tl.where(col_lse < float("inf"), col_lse, float("-inf"))
+    return tl.maximum(tl.max(row_lse), tl.max(col_lse))
+
+
+@triton.jit
+def shared_weight(low, row_weight, row_lse, col_weight, col_lse):
+    """a_i + b_j, (BN, BM)"""
+    a = row_weight * tl.exp(low - row_lse)
+    b = col_weight * tl.exp(low - col_lse)
+    return a[:, None] + b[None, :]
+
+
+@triton.jit
+def two_sided_g(s, positive, row, col, n, m):
+    """G_ij = row_weight[k, i] exp(s_ij - row_lse[k, i]) + col_weight[k, j] exp(s_ij - col_lse[k, j])
+
+    = exp(s_ij - low) (a_i + b_j), one exp per logit, where the log-sum-exps of the tile are close enough for one low.
+    """
+    rw, rl = load_side(row, 0, n)  # (BN,)
+    cw, cl = load_side(col, 0, m)  # (BM,)
+    low, high = lowest(rl, cl), highest(rl, cl)
+    if positive is not None:
+        rw1, rl1 = load_side(row, 1, n)
+        cw1, cl1 = load_side(col, 1, m)
+        low, high = tl.minimum(low, lowest(rl1, cl1)), tl.maximum(high, highest(rl1, cl1))
+    if high - low < SPREAD:
+        low = tl.where(low < float("inf"), low, 0.0)  # of lines without pairs: any low will do
+        weight = shared_weight(low, rw, rl, cw, cl)
+        if positive is not None:
+            weight = tl.where(positive, shared_weight(low, rw1, rl1, cw1, cl1), weight)
+        g = tl.exp(s - low) * weight
+    else:
+        g = weighted_exp(s, positive, row, n, 1) + weighted_exp(s, positive, col, m, 0)
+    return g
+
+
+@triton.jit
+def less_offset(g, positive, side, i, AXIS: tl.constexpr):
+    """The G of the positives, less the offset of their row (AXIS 1) or of their column (AXIS 0)."""
+    offset = tl.load(side.offset + i)
+    return tl.where(positive, g - tl.expand_dims(offset, AXIS), g)
+
+
+@triton.jit
+def softmax_g(s, positive, row, col, n, m):
+    if col is None:
+        g = weighted_exp(s, positive, row, n, 1)
+    else:
+        g = two_sided_g(s, positive, row, col, n, m)
+    if row.offset is not None:
+        g = less_offset(g, positive, row, n, 1)
+        if col is not None:
+            g = less_offset(g, positive, col, m, 0)
+    return g  # (BN, BM)
+
+
+@triton.jit
+def symmetric_g(s, positive, row, n, m, diagonal):
+    """(G + G^T)_ij of a problem whose columns are its rows."""
+    if diagonal:
+        # s_ij and s_ji may be rounded apart, and the log-sum-exp of line j has seen s_ji.
+        g = softmax_g(s, positive, row, None, n, m)
+        g += g.T
+    else:
+        g = softmax_g(s, positive, row, row, n, m)
+    return g
+
+
+@triton.jit
+def store_tile(p, stride, t, i, j):
+    """p[i, j] = t"""
+    tl.store(p + i.to(tl.int64)[:, None] * stride + j[None, :], t)
+
+
+@triton.jit
+def grad_kernel(
+    x, y,  # (N, D), (M, D): pointers or tensor descriptors
+    block, row, col,  # Block, Side, Side or None; TRIANGULAR: col is not looked at
+    g_block, g_stride,  # lift * G goes to g_block (N, M rounded up to whole tiles), rows g_stride apart; or None
+    lift,  # (1,) float32, or None
+    sums,  # Sums
+    LOGIT: tl.constexpr, POSITIVE: tl.constexpr, SIGMOID: tl.constexpr, TRIANGULAR: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    N, M = block.N, block.M
+    tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
+    tile_n, tile_m = tile_of(tl.program_id(0), tiles_n, tiles_m, GROUP, TRIANGULAR)
+    acc = product(x, y, tile_n * BN, tile_m * BM, block, BN, BM, BK, TMA)
+    n, m = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
+    rows, cols = load_vectors(block.rows, n), load_vectors(block.cols, m)
+    whole = ((tile_n + 1) * BN <= N) & ((tile_m + 1) * BM <= M)
+    s = logits(acc, n, m, rows, cols, whole, block, LOGIT)  # (BN, BM)
+
+    row_at = (tile_m.to(tl.int64) * tiles_n + tile_n) * BN + tl.arange(0, BN)
+    col_at = (tile_n.to(tl.int64) * tiles_m + tile_m) * BM + tl.arange(0, BM)
+    if SIGMOID:
+        w = tl.load(row.weight + n)
+        e = tl.exp(-tl.abs(s))
+        g = w[:, None] * (tl.where(s >= 0, 1.0, e) / (1.0 + e))
+        tl.store(sums.softplus + row_at, w * tl.sum(tl.maximum(s, 0.0) + log1p(e), 1))
+    else:
+        positive = POSITIVE(rows, cols)
+        if TRIANGULAR:
+            g = symmetric_g(s, positive, row, n, m, tile_n == tile_m)
+        else:
+            g = softmax_g(s, positive, row, col, n, m)
+
+    if sums.g_rows is not None:
+        g = tl.where((n < N)[:, None] & (m < M)[None, :], g, 0.0)
+        tl.store(sums.g_rows + row_at, tl.sum(g, 1))
+        tl.store(sums.g_cols + col_at, tl.sum(g, 0))
+
+    if g_block is not None:
+        if lift is not None:
+            g *= tl.load(lift)
+        g = g.to(g_block.dtype.element_ty)
+        store_tile(g_block, g_stride, g, n, m)
+        if TRIANGULAR:
+            if tile_n != tile_m:
+                store_tile(g_block, g_stride, g.T, m, n)
+
+
+# ---- on the host ---------------------------------------------------------------------------------------------------------
+
+
+def grad(
+    x: Tensor,  # (N, D)
+    y: Tensor,  # (M, D)
+    block: Block,
+    row: Side,
+    col: Side | None,
+    g: Tensor | None,  # (N, M rounded up to whole tiles): what lies past the edges is undefined
+    lift: Tensor | None,  # (1,) float32, a power of two: what is written is lift * G
+    sums: Sums,
+    program: Program,
+    triangular: bool,
+    tile: Tile,
+) -> None:
+    """G of a block, and the sums of every tile of it. Of a triangular block S = S^T all of G is written, half is computed."""
+    a, b, tma = operands(x, y, tile)
+    with on(x.device):
+        grad_kernel[grid(block, tile, triangular)](
+            a, b, block, row, col, g, 0 if g is None else g.stride(0), lift, sums,
+            LOGIT=program.logit, POSITIVE=program.positive, SIGMOID=row.lse is None, TRIANGULAR=triangular, **options(tile, tma),
+        )  # fmt: skip
