@@ -39,8 +39,17 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
 # ---- tiles ---------------------------------------------------------------------------------------------------------------
 
 
+class _Tile(NamedTuple):
+    j: slice  # its columns
+    y: Tensor  # (BM, D) of these columns
+    s: Tensor  # (BN, BM) logits, for the taker to overwrite
+    classes: _Classes
+    product: Tensor  # (BN, BM) <x_i, y_j>, the same
+    free: Tensor  # (BN, BM) with nothing in it
+
+
 class _Tiles:
-    """Walks the logits of a problem, tile by tile, in two buffers."""
+    """Walks the logits of a problem, tile by tile, in three buffers."""
 
     def __init__(self, p: Problem):
         self.p = p
@@ -48,21 +57,21 @@ class _Tiles:
         # A CPU has no 16-bit GEMM with a float32 result: there the operands are widened, a block at a time.
         self.operand_dtype = p.x.dtype if p.x.is_cuda else p.stat_dtype
         size = min(self.edge, len(p.x)) * min(self.edge, len(p.y))
-        self._buffers = [torch.empty(size, dtype=p.stat_dtype, device=p.x.device) for _ in range(2)]
+        self._buffers = [torch.empty(size, dtype=p.stat_dtype, device=p.x.device) for _ in range(3)]
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
         for start in range(0, len(self.p.x), self.edge):
             i = slice(start, min(start + self.edge, len(self.p.x)))
             yield i, self.p.x[i].to(self.operand_dtype)  # (BN, D)
 
-    def along(self, i: slice, x: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, _Classes, Tensor]]:
-        """The tiles of the row block i: columns j, y[j], logits s, classes of the pairs, and a free buffer."""
+    def along(self, i: slice, x: Tensor) -> Iterator[_Tile]:
+        """The tiles of the row block i."""
         for start in range(i.start if self.p.triangular else 0, len(self.p.y), self.edge):
             j = slice(start, min(start + self.edge, len(self.p.y)))
             y = self.p.y[j].to(self.operand_dtype)  # (BM, D)
-            s, free = (b[: len(x) * len(y)].view(len(x), len(y)) for b in self._buffers)  # (BN, BM)
-            mm(x, y.T, out=s)
-            s.mul_(self.p.logit_scale)
+            product, s, free = (b[: len(x) * len(y)].view(len(x), len(y)) for b in self._buffers)  # (BN, BM)
+            mm(x, y.T, out=product)
+            torch.mul(product, self.p.logit_scale, out=s)
             if self.p.row_bias is not None:
                 s.add_(self.p.row_bias[i, None])
             if self.p.col_bias is not None:
@@ -70,7 +79,7 @@ class _Tiles:
             classes = _classes(self.p.program, [v[i] for v in self.p.rows], [v[j] for v in self.p.cols])
             if classes.dropped is not None:
                 s.masked_fill_(classes.dropped, -torch.inf)
-            yield j, y, s, classes, free
+            yield _Tile(j, y, s, classes, product, free)
 
 
 class _Classes(NamedTuple):
@@ -109,7 +118,7 @@ def sweep(p: Problem, *, need_cols: bool) -> Statistics:
     deviation = None if p.center is None else torch.zeros(len(p.x), dtype=torch.float64, device=p.x.device)
     tiles = _Tiles(p)
     for i, x in tiles.rows():
-        for j, _, s, classes, free in tiles.along(i, x):
+        for j, _, s, classes, _, free in tiles.along(i, x):
             mirrored = p.triangular and j.start > i.start
             if deviation is not None:
                 deviation[i] += _masked_sum(torch.sub(s, p.center[i, None], out=free), classes.positive, 1)
@@ -176,8 +185,8 @@ def sweep_softplus(p: Problem) -> Tensor:
     total = torch.zeros(len(p.x), dtype=torch.float64, device=p.x.device)
     tiles = _Tiles(p)
     for i, x in tiles.rows():
-        for _, _, s, _, _ in tiles.along(i, x):
-            total[i] += softplus(s).sum(1)
+        for tile in tiles.along(i, x):
+            total[i] += softplus(tile.s).sum(1)
     return total.to(p.stat_dtype)
 
 
@@ -189,7 +198,9 @@ def softplus(s: Tensor) -> Tensor:
 # ---- grad ----------------------------------------------------------------------------------------------------------------
 
 
-def grad(p: Problem, c: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_bias: bool) -> Grads:
+def grad(
+    p: Problem, c: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_bias: bool, need_scale: bool
+) -> Grads:
     tiles = _Tiles(p)
     # 16-bit operands get a G in their dtype, lifted by a power of two into the middle of its range.
     lift = _lift(c) if tiles.operand_dtype.itemsize == 2 else None
@@ -201,10 +212,11 @@ def grad(p: Problem, c: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_b
     dx = zeros(p.x.shape) if need_x else None
     dy = zeros(p.y.shape) if need_y else None
     g_rows, g_cols = (zeros(len(p.x)), zeros(len(p.y))) if need_bias else (None, None)
+    d_scale = torch.zeros((), dtype=torch.float64, device=p.x.device) if need_scale else None
     row_sum = zeros(len(p.x)) if isinstance(c, Sigmoid) else None
 
     for i, x in tiles.rows():
-        for j, y, s, classes, free in tiles.along(i, x):
+        for j, y, s, classes, product, free in tiles.along(i, x):
             if isinstance(c, Sigmoid):
                 row_sum[i] += softplus(s).sum(1) * c.row_weight[i]
                 g = s.sigmoid_().mul_(c.row_weight[i, None])  # (BN, BM)
@@ -212,9 +224,11 @@ def grad(p: Problem, c: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_b
                 g = _softmax_tile(s, classes.positive, free, *_coefficients(c, p, i, j))
                 if classes.dropped is not None:  # 0 already, unless the log-sum-exp of its row is NaN
                     g.masked_fill_(classes.dropped, 0.0)
-                if p.triangular and j.start == i.start:
-                    # Not exp(s_ij - lse_j): a GEMM may round s_ij and s_ji apart, and lse_j has seen s_ji.
-                    g = g + g.T
+            if need_scale:
+                d_scale += product.mul_(g).sum(dtype=torch.float64)
+            if p.triangular and j.start == i.start:
+                # Not exp(s_ij - lse_j): a GEMM may round s_ij and s_ji apart, and lse_j has seen s_ji.
+                g = g + g.T
             if need_bias:
                 g_rows[i] += g.sum(1, dtype=torch.float64)
                 g_cols[j] += g.sum(0, dtype=torch.float64)
@@ -231,7 +245,7 @@ def grad(p: Problem, c: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_b
         for d in (dx, dy):
             if d is not None:
                 d.div_(lift)
-    return Grads(dx, dy, g_rows, g_cols, row_sum)
+    return Grads(dx, dy, g_rows, g_cols, d_scale, row_sum)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,8 @@ def _no_pairs(p: Problem, n: int) -> Tensor:
 
 
 def _log_sum_exp(sums: Tensor) -> LogSumExp:
-    return LogSumExp(sums[:, 0].contiguous(), sums[:, 1].log())
+    top, total = sums.unbind(1)
+    return LogSumExp(torch.where(total.isnan(), total, top), total.log())  # a maximum on a GPU passes over NaN
 
 
 def _lines(p: Problem, tiles: int, n: int, at: slice) -> Lines:

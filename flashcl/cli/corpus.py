@@ -114,8 +114,8 @@ def _mapper(count: int) -> Iterator[Callable[..., Iterable]]:
     if workers < 2:
         yield map
         return
-    # spawn, because forking a process in which torch or a progress bar has threads can hang. Syntax trees have no cycles,
-    # and looking for some in them would take a third of the time.
+    # spawn, because forking a process in which torch or a progress bar has threads can hang. Syntax trees have no
+    # cycles, and looking for some in them would take a third of the time.
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=spawn, initializer=gc.disable)
     try:

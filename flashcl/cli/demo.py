@@ -80,10 +80,8 @@ def run(args) -> int:
         print("--device cuda: torch finds no CUDA GPU here")
         return 1
     device = default_device() if args.device == "auto" else torch.device(args.device)
-    if device.type == "cpu":
-        choose_threads()
-    machine = f"flashcl {flashcl.__version__}, torch {torch.__version__}, {describe(device)}"
-    print(machine)
+    threads = torch.get_num_threads()
+    print(machine(device))
     args.out.mkdir(parents=True, exist_ok=True)
 
     pairs = load_pairs(args)
@@ -93,27 +91,34 @@ def run(args) -> int:
     with report.progress("counting words"):
         data = prepare(pairs, args.seed)
     batch, large = batch_sizes(args, len(data.train), device)
+    choose_threads(device, threads)
     measured = measure_memory(device, batch, large)
 
+    choose_threads(device, threads)
     untrained = recall(initial_encoder(data, args.seed).to(device), data.to(device))
     runs = list(train_all(args, data, device, batch, large, measured))
     best = max((run for run in runs if run.loss == "flashcl"), key=lambda run: run.recall10)
     search.save(best.encoder, data.code, pairs, args.out / "encoder.pt")
     print("\n" + report.summary(runs, untrained, measured, len(data.test), device))
-    draw(runs, measured, args.out / "demo.png", machine, device)
+    draw(runs, measured, args.out / "demo.png", device)
     print(f"encoder of the run with batch {best.batch:,}: {args.out / 'encoder.pt'}. Ask it:")
     print('    flashcl demo --search "parse a date from a string"')
     return 0
 
 
-def choose_threads() -> None:
-    """As many threads as make the loss fastest now: all of them, or on a busy machine fewer.
+def machine(device: torch.device) -> str:
+    return f"flashcl {flashcl.__version__}, torch {torch.__version__}, {describe(device)}"
+
+
+def choose_threads(device: torch.device, every: int) -> None:
+    """As many threads as make the loss fastest now: `every`, or on a busy machine fewer.
 
     Threads that must share a core make every parallel operation wait for the one that is not running: up to ten times
     slower than a single thread.
     """
+    if device.type != "cpu":
+        return
     x = F.normalize(torch.randn(1024, DIM, generator=torch.Generator().manual_seed(0)))
-    every = torch.get_num_threads()
 
     def seconds(threads: int) -> float:
         torch.set_num_threads(threads)
@@ -126,7 +131,7 @@ def choose_threads() -> None:
     best = min((every >> k for k in range(every.bit_length())), key=seconds)
     torch.set_num_threads(best)
     if best < every:
-        print(f"{best} of {every} threads: more are slower now, other programs use the cores")
+        print(f"going on with {best} of {every} threads: more are slower now, other programs use the cores")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -249,9 +254,9 @@ def recall(encoder: Encoder, data: Data) -> tuple[float, float]:
 # ---- results ---------------------------------------------------------------------------------------------------------
 
 
-def draw(runs: list[Run], measured: list[Measured], path: Path, machine: str, device: torch.device) -> None:
+def draw(runs: list[Run], measured: list[Measured], path: Path, device: torch.device) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print('plot skipped: matplotlib is not installed; pip install "flashcl[demo]" brings it')
         return
-    report.plot(runs, measured, path, f"measured on {machine}; memory: {memory.METHOD[device.type]}")
+    report.plot(runs, measured, path, f"measured on {machine(device)}; memory: {memory.METHOD[device.type]}")
     print(f"plot: {path}")

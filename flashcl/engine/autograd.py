@@ -218,35 +218,25 @@ def _gradients(
     backend: str,
 ) -> _Gradients:
     need_x, need_y, need_scale, need_row_bias, need_col_bias = needs
-    # <x, dx> gives the gradient of logit_scale; so does <y, dy> where x is frozen.
-    towers = dict(need_x=need_x or p.triangular or (need_scale and not need_y), need_y=need_y)
-    g = ops.grad(p, c, **towers, need_bias=need_row_bias or need_col_bias, backend=backend)
+    need_bias = need_row_bias or need_col_bias
+    g = ops.grad(p, c, need_x=need_x, need_y=need_y, need_bias=need_bias, need_scale=need_scale, backend=backend)
+    d_scale, d_row_bias, d_col_bias = g.d_scale, g.g_rows, g.g_cols
     if positives is not None:
         positives.add_gradients_(g.dx, g.dx if p.triangular else g.dy, p.x, p.y, d_pos)
-    d_scale = _scale_gradient(p, g.dx, g.dy) if need_scale else None
-    d_row_bias, d_col_bias = g.g_rows, g.g_cols
-    if positives is not None and need_row_bias:
-        d_row_bias = d_row_bias + d_pos
-    if positives is not None and need_col_bias:
-        d_col_bias = d_col_bias.index_add(0, positives.index, d_pos)
+        if need_scale:
+            d_scale = d_scale + (d_pos * positives.mean_logits(p.x, p.y)).sum()
+        if need_row_bias:
+            d_row_bias = d_row_bias + d_pos
+        if need_col_bias:
+            d_col_bias = d_col_bias.index_add(0, positives.index, d_pos)
     return _Gradients(
         g.dx.mul_(p.logit_scale) if need_x else None,
         g.dy.mul_(p.logit_scale) if g.dy is not None else None,
-        d_scale,
+        d_scale.to(p.stat_dtype).reshape(1) if need_scale else None,
         d_row_bias if need_row_bias else None,
         d_col_bias if need_col_bias else None,
         g.row_sum,
     )
-
-
-def _scale_gradient(p: Problem, dx: Tensor | None, dy: Tensor | None) -> Tensor:
-    """sum_ij G_ij <x_i, y_j>, (1,), before dx or dy is multiplied by logit_scale."""
-    embeddings, gradient = (p.x, dx) if dx is not None else (p.y, dy)
-    total = sum(
-        (a.to(g.dtype) * g).sum(dtype=torch.float64) for a, g in zip(embeddings.split(4096), gradient.split(4096))
-    )
-    # A triangular dx holds the gradient of both roles, each of which would give the sum.
-    return (total / 2 if p.triangular else total).to(gradient.dtype).reshape(1)
 
 
 def _as(like: Tensor, gradient: Tensor | None) -> Tensor | None:

@@ -33,7 +33,14 @@ def sweep_softplus(problem: Problem, *, backend: str) -> Tensor:
 
 
 def grad(
-    problem: Problem, c: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_bias: bool, backend: str
+    problem: Problem,
+    c: Softmax | Sigmoid,
+    *,
+    need_x: bool,
+    need_y: bool,
+    need_bias: bool,
+    need_scale: bool,
+    backend: str,
 ) -> Grads:
     """`problem.py` says what comes back."""
     if isinstance(c, Sigmoid):
@@ -41,12 +48,14 @@ def grad(
     else:
         row, col = ([None, None] if lse is None else [lse.top, lse.rest] for lse in (c.row_lse, c.col_lse))
         vectors = [c.row_weight, *row, c.col_weight, *col, c.row_offset, c.col_offset]
-    dx, dy, g_rows, g_cols, row_sum = _grad(*_unpack(problem), *vectors, need_x, need_y, need_bias, backend)
+    needs = (need_x, need_y, need_bias, need_scale)
+    dx, dy, g_rows, g_cols, d_scale, row_sum = _grad(*_unpack(problem), *vectors, *needs, backend)
     return Grads(
         dx if need_x else None,
         dy if need_y and not problem.triangular else None,
         g_rows if need_bias else None,
         g_cols if need_bias else None,
+        d_scale if need_scale else None,
         row_sum if isinstance(c, Sigmoid) else None,
     )
 
@@ -130,26 +139,29 @@ def _grad(
     need_x: bool,
     need_y: bool,
     need_bias: bool,
+    need_scale: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols)
     if row_top is None:
         c = Sigmoid(row_weight)
     else:
         col_lse = None if col_top is None else LogSumExp(col_top, col_rest)
         c = Softmax(row_weight, LogSumExp(row_top, row_rest), col_weight, col_lse, row_offset, col_offset)
-    g = dispatch.load(backend).grad(problem, c, need_x=need_x, need_y=need_y, need_bias=need_bias)
-    return _present(g.dx, g.dy, g.g_rows, g.g_cols, g.row_sum, like=logit_scale)
+    needs = dict(need_x=need_x, need_y=need_y, need_bias=need_bias, need_scale=need_scale)
+    g = dispatch.load(backend).grad(problem, c, **needs)
+    return _present(g.dx, g.dy, g.g_rows, g.g_cols, g.d_scale, g.row_sum, like=logit_scale)
 
 
 @_grad.register_fake
 def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_top, row_rest, col_weight, col_top,
-      col_rest, row_offset, col_offset, need_x, need_y, need_bias, backend):  # fmt: skip
+      col_rest, row_offset, col_offset, need_x, need_y, need_bias, need_scale, backend):  # fmt: skip
     new = logit_scale.new_empty
     return (
         new(x.shape if need_x else 0),
         new(y.shape if need_y and y is not None else 0),
         new(x.shape[0] if need_bias else 0),
         new((x if y is None else y).shape[0] if need_bias else 0),
+        new((), dtype=torch.float64) if need_scale else new(0),
         new(x.shape[0] if row_top is None else 0),
     )

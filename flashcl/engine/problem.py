@@ -118,12 +118,13 @@ class Sigmoid:
 
 @dataclass(frozen=True)
 class Grads:
-    """What `grad` returns. The factor logit_scale is left to the caller, who needs <x, dx> for its own gradient."""
+    """What `grad` returns. The factor logit_scale of dx and dy is left to the caller."""
 
     dx: Tensor | None  # (N, D) stat_dtype: sum_j G_ij y_j; of a triangular problem sum_j (G + G^T)_ij x_j
     dy: Tensor | None  # (M, D) stat_dtype: sum_i G_ij x_i; None of a triangular problem
     g_rows: Tensor | None = None  # (N,) stat_dtype: sum_j G_ij
     g_cols: Tensor | None = None  # (M,) stat_dtype: sum_i G_ij
+    d_scale: Tensor | None = None  # () float64: sum_ij G_ij <x_i, y_j>, of G before it is rounded to 16 bits
     row_sum: Tensor | None = None  # (N,) stat_dtype: sum_j row_weight[i] softplus(s_ij), with Sigmoid coefficients
 
 
@@ -135,5 +136,6 @@ class Grads:
 #       log-sum-exps of every class along the rows and along the columns
 #   sweep_softplus(problem: Problem) -> Tensor
 #       (N,) stat_dtype: sum_j softplus(s_ij)
-#   grad(problem: Problem, coefficients: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_bias: bool) -> Grads
+#   grad(problem: Problem, coefficients: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_bias: bool,
+#        need_scale: bool) -> Grads
 #       of a triangular problem need_x asks for the whole gradient
