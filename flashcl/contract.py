@@ -1,7 +1,6 @@
 """The numeric contract: how near every loss value and every gradient must be to the truth, as arithmetic.
 
-The truth `ref` is the dense formula of `flashcl.reference` in float64, on the same rounded inputs; for float64 inputs,
-which are as precise as that, it is `extended_precision`. A result holds when
+The truth `ref` is the dense formula of `flashcl.reference` in float64, on the same rounded inputs. A result holds when
 
     max|out - ref| <= 2 max|dense - ref| + 2 rounding            dense: the dense formula in the dtype of the inputs
     rms(out - ref) <= 2 rms(dense - ref) + 2 rounding            rounding: of ref to the dtype of out, see `_rounding`
@@ -15,6 +14,9 @@ gradient of a temperature, is right by luck in any one of them. (A 16-bit formul
 order alike: there single numbers have only the tight bound.) Where ref is NaN or infinite, out must be so too, and
 nowhere else. A dense formula that overflows where ref does not promises nothing, and leaves only the tight bound; a
 relative error means nothing where ref vanishes, that is where dense32 has not one digit of it.
+
+For float64 inputs that formula is no truth: `extended_precision` is, and 4 roundings are allowed in the place of 2, since
+a dense formula whose roundings cancel by symmetry (all rows alike) has no error to measure against.
 
 `case` makes inputs for a loss in a regime, `check` judges one call: `flashcl check` and the tests consist of these two.
 """
@@ -247,8 +249,9 @@ def judge(
     error, ref = truth.error(out)[both], ref[both]
     if tight is not None and _l2(ref) <= 4 * _largest(_l2, dense32, both):
         tight = None
+    roundings = 4 if out.dtype == torch.float64 else 2
     for bound, norm in (("max", _max), ("rms", _rms)) if ref.numel() > 1 or tight is None else ():
-        allowed = 2 * _largest(norm, dense, both) + 2 * _rounding(ref, out.dtype, norm)
+        allowed = 2 * _largest(norm, dense, both) + roundings * _rounding(ref, out.dtype, norm)
         findings.append(Finding(quantity, bound, norm(error), allowed))
     if tight is not None:
         allowed = tight * _l2(ref) + 4 * _largest(_l2, dense32, both)
@@ -314,7 +317,7 @@ def truth_of(c: Case) -> dict[str, Truth]:
     return {quantity: Truth(v) for quantity, v in ref.items()}
 
 
-def dense_errors(c: Case, truth: dict[str, Truth], orders: int = 8) -> list[dict[str, Tensor]]:
+def dense_errors(c: Case, truth: dict[str, Truth], orders: int = 16) -> list[dict[str, Tensor]]:
     """Errors of the dense formula on the tensors of c as they are, in several orders of rows, columns and features."""
     dense, errors = getattr(reference, c.function), []
     for order in map(Order.of(c), range(orders)):

@@ -5,6 +5,9 @@ import importlib.util
 import os
 import sys
 
+# Tensors here are tiny: with more threads most of the time would go into waking them. Subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings
