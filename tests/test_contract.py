@@ -239,7 +239,7 @@ def test_rows_far_apart(backend, loss, n, stride):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_expanded_inputs(backend, loss):
     """Rows with stride 0, and a bias that is one number for all rows."""
-    c = per_row(loss, "constant", n=21).to(SINGLE)
+    c = per_row(loss, "collapsed", n=21).to(SINGLE)
     plain = evaluate(through(c, backend), c)
     leaves = {}
     for name, v in c.tensors.items():
