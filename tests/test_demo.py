@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashcl.cli import corpus, demo, encoder, memory, report
+from flashcl.cli import corpus, demo, encoder, memory, report, training
 from flashcl.cli.encoder import Bags, Encoder, features, words
 
 VERBS = "parse read write merge sort split count delete update encode decode compress".split()
@@ -49,7 +49,7 @@ def code_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data(code_folder):
-    return demo.prepare(corpus.parse(corpus.find_sources([code_folder])).pairs, seed=0)
+    return training.prepare(corpus.parse(corpus.find_sources([code_folder])).pairs, seed=0)
 
 
 def arguments(*options):
@@ -206,7 +206,7 @@ def test_an_untrained_encoder_matches_common_words():
 
 
 def test_dense_and_flashcl_coincide_and_learn(data):
-    dense, fused = (demo.train(loss, data, CPU, 64, 20, seconds=1e9, seed=0) for loss in ("dense", "flashcl"))
+    dense, fused = training.train(["dense", "flashcl"], data, CPU, 64, steps=20)
     assert dense.losses[0] == pytest.approx(fused.losses[0], abs=1e-5)
     assert dense.losses == pytest.approx(fused.losses, abs=1e-2)
     assert fused.losses[-1] < 0.8 * fused.losses[0]
@@ -214,14 +214,15 @@ def test_dense_and_flashcl_coincide_and_learn(data):
 
 
 def test_batches_are_the_same_for_a_seed_and_hold_no_pair_twice(data):
-    first, again = (list(itertools.islice(demo.batches(data.train, 100, seed=3), 7)) for _ in range(2))
+    first, again = (list(itertools.islice(training.batches(data.train, 100, seed=3), 7)) for _ in range(2))
     assert all(map(torch.equal, first, again))
     assert all(len(batch.unique()) == 100 for batch in first)
     assert not set(data.train.tolist()) & set(data.test.tolist())
 
 
 def test_the_time_limit_ends_a_run(data):
-    assert len(demo.train("flashcl", data, CPU, 64, steps=10**9, seconds=0.5, seed=0).losses) < 10**4
+    (run,) = training.train(["flashcl"], data, CPU, 64, steps=10**9, seconds=0.5)
+    assert 1 <= len(run.losses) < 10**4
 
 
 @pytest.mark.skipif(not memory.measurable(CPU), reason="reads /proc")
@@ -258,9 +259,11 @@ def test_a_small_run_from_code_to_search(code_folder, tmp_path, capsys):
 
 
 def test_fewer_threads_are_taken_where_they_are_faster(monkeypatch, capsys):
+    torch.set_num_threads(4)
+    monkeypatch.setattr(demo, "THREADS", 4)
     monkeypatch.setattr(demo.flashcl, "info_nce", lambda *a, **k: time.sleep(0.001 * torch.get_num_threads()))
-    demo.choose_threads(CPU, 4)
-    assert torch.get_num_threads() == 1 and "1 of 4 threads" in capsys.readouterr().out
+    demo.choose_threads(CPU)
+    assert torch.get_num_threads() == 1 and "threads: 1 of 4" in capsys.readouterr().out
 
 
 def test_search_without_an_encoder_says_what_to_do(tmp_path, capsys):
@@ -293,6 +296,15 @@ def test_without_matplotlib_the_plot_is_skipped_aloud(tmp_path, monkeypatch, cap
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     demo.draw([], [], tmp_path / "demo.png", CPU)
     assert "plot skipped" in capsys.readouterr().out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("peak", [0, None, 2**20])
+def test_the_plot_bears_what_was_not_measured(tmp_path, peak):
+    pytest.importorskip("matplotlib")
+    measured = [memory.Measured("dense", 32, peak, 2**30 if peak is None else None)]
+    run = training.Run("flashcl", 32, [1.0], 0.1, 0.5, 0.5, None)
+    report.plot([run], measured, tmp_path / "demo.png", "here")
+    assert (tmp_path / "demo.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize("rich", [True, False])

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 
 import flashcl
-from flashcl.cli import check, info
+from flashcl.cli import check, demo, info
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="flashcl", description=flashcl.__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"flashcl {flashcl.__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
-    for command in (info, check):
+    for command in (info, check, demo):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 130  # as a shell reports a command that was interrupted
+    except BrokenPipeError:  # `flashcl ... | head`: nobody reads on, also not what Python would flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

@@ -4,41 +4,22 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import math
-import statistics
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import flashcl
-from flashcl.cli import corpus, memory, report, search
-from flashcl.cli.encoder import DIM, Bags, Encoder
+from flashcl.cli import corpus, memory, report, search, training
+from flashcl.cli.encoder import DIM
 from flashcl.cli.info import default_device, describe
 from flashcl.cli.memory import Measured
-from flashcl.cli.report import Run
+from flashcl.cli.training import Data, Run
 
-LEARNING_RATE = 0.03
 LARGE_BATCH = {"cpu": 16_384, "cuda": 32_768}
-HELD_OUT = 2_000
 MIN_PAIRS = 100
-
-
-@dataclass
-class Data:
-    """The features of all pairs, and which rows are for training and which are held out."""
-
-    text: Bags
-    code: Bags
-    train: Tensor  # (T,) int64, on the CPU
-    test: Tensor  # (H,) int64
-
-    def to(self, device: torch.device) -> Data:
-        return Data(self.text.to(device), self.code.to(device), self.train, self.test)
+THREADS = torch.get_num_threads()  # before choose_threads takes fewer
 
 
 def add_parser(commands) -> None:
@@ -80,7 +61,6 @@ def run(args) -> int:
         print("--device cuda: torch finds no CUDA GPU here")
         return 1
     device = default_device() if args.device == "auto" else torch.device(args.device)
-    threads = torch.get_num_threads()
     print(machine(device))
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -89,14 +69,11 @@ def run(args) -> int:
         print(f"{len(pairs)} pairs are too few to learn from: at least {MIN_PAIRS} are needed")
         return 1
     with report.progress("counting words"):
-        data = prepare(pairs, args.seed)
+        data = training.prepare(pairs, args.seed)
     batch, large = batch_sizes(args, len(data.train), device)
-    choose_threads(device, threads)
     measured = measure_memory(device, batch, large)
-
-    choose_threads(device, threads)
-    untrained = recall(initial_encoder(data, args.seed).to(device), data.to(device))
-    runs = list(train_all(args, data, device, batch, large, measured))
+    untrained = training.recall(training.initial_encoder(data, args.seed), data)
+    runs = train_all(args, data, device, batch, large, measured)
     best = max((run for run in runs if run.loss == "flashcl"), key=lambda run: run.recall10)
     search.save(best.encoder, data.code, pairs, args.out / "encoder.pt")
     print("\n" + report.summary(runs, untrained, measured, len(data.test), device))
@@ -110,28 +87,28 @@ def machine(device: torch.device) -> str:
     return f"flashcl {flashcl.__version__}, torch {torch.__version__}, {describe(device)}"
 
 
-def choose_threads(device: torch.device, every: int) -> None:
-    """As many threads as make the loss fastest now: `every`, or on a busy machine fewer.
+def choose_threads(device: torch.device) -> None:
+    """As many threads as make the loss fastest now: all of them, or on a busy machine fewer.
 
     Threads that must share a core make every parallel operation wait for the one that is not running: up to ten times
-    slower than a single thread.
+    slower than a single thread. They take turns here, so that a moment of peace does not decide.
     """
     if device.type != "cpu":
         return
     x = F.normalize(torch.randn(1024, DIM, generator=torch.Generator().manual_seed(0)))
-
-    def seconds(threads: int) -> float:
-        torch.set_num_threads(threads)
-        start = time.perf_counter()
-        for _ in range(5):
+    before = torch.get_num_threads()
+    seconds = {THREADS >> k: 0.0 for k in range(THREADS.bit_length())}
+    for trial in range(11):
+        for threads in seconds:
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
             flashcl.info_nce(x, x, temperature=0.07)
-        return time.perf_counter() - start
-
-    seconds(every)  # the first calls load and start things
-    best = min((every >> k for k in range(every.bit_length())), key=seconds)
+            if trial:  # the first calls load and start things
+                seconds[threads] += time.perf_counter() - start
+    best = min(seconds, key=seconds.get)
     torch.set_num_threads(best)
-    if best < every:
-        print(f"going on with {best} of {every} threads: more are slower now, other programs use the cores")
+    if best != before:
+        print(f"threads: {best} of {THREADS}, the fastest now (fewer where other programs use the cores)")
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -146,13 +123,6 @@ def load_pairs(args) -> list[corpus.Pair]:
     return found.pairs
 
 
-def prepare(pairs: list[corpus.Pair], seed: int) -> Data:
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
-    held_out = min(HELD_OUT, len(pairs) // 5)
-    text, code = Bags.of(pair.text for pair in pairs), Bags.of(pair.code for pair in pairs)
-    return Data(text, code, order[held_out:], order[:held_out])
-
-
 def batch_sizes(args, count: int, device: torch.device) -> tuple[int, int]:
     """The batch of both losses and the large one, neither beyond the training pairs."""
     large = args.large_batch or LARGE_BATCH[device.type]
@@ -161,22 +131,15 @@ def batch_sizes(args, count: int, device: torch.device) -> tuple[int, int]:
     return min(args.batch, count), large
 
 
-def batches(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
-    """Batches for ever. An epoch's remainder is left out: over its end a batch would hold pairs twice."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        shuffled = rows[torch.randperm(len(rows), generator=generator)]
-        yield from (b for b in shuffled.split(size) if len(b) == size)
-
-
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
 def measure_memory(device: torch.device, batch: int, large: int) -> list[Measured]:
-    """Both losses from the small batch, four times that, and so on, to the large one and twice that."""
+    """Both losses at the small batch, four times that, and so on, to the large one and twice that."""
     if not memory.measurable(device):
         print("memory of the loss: not measured, it needs a CUDA GPU or Linux")
         return []
+    choose_threads(device)
     between = [batch * 4**k for k in range(1, 16) if batch * 4**k <= large / 2]
     sizes = sorted({batch, *between, large, 2 * large})
     total = len(sizes) * len(memory.LOSSES)
@@ -186,69 +149,18 @@ def measure_memory(device: torch.device, batch: int, large: int) -> list[Measure
 # ---- training --------------------------------------------------------------------------------------------------------
 
 
-def train_all(args, data: Data, device, batch: int, large: int, measured: list[Measured]) -> Iterator[Run]:
-    """dense and flashcl with the same seed and the same batches in the same order, then flashcl at the large batch."""
+def train_all(args, data: Data, device, batch: int, large: int, measured: list[Measured]) -> list[Run]:
+    """dense and flashcl on the same batches, then flashcl at the large batch."""
+    choose_threads(device)
     dense = memory.find(measured, "dense", batch)
-    if dense is None or dense.peak is not None:
-        yield train("dense", data, device, batch, args.steps, math.inf, args.seed)
-    yield train("flashcl", data, device, batch, args.steps, math.inf, args.seed)
+    fits = dense is None or dense.peak is not None
+    same = ["dense", "flashcl"] if fits else ["flashcl"]
+    runs = training.train(same, data, device, batch, steps=args.steps, seed=args.seed)
     if large > batch:
-        yield train("flashcl", data, device, large, args.steps, args.seconds, args.seed)
-
-
-def initial_encoder(data: Data, seed: int) -> Encoder:
-    torch.manual_seed(seed)
-    encoder = Encoder()
-    encoder.text_idf.copy_(data.text.take(data.train).inverse_document_frequency())
-    encoder.code_idf.copy_(data.code.take(data.train).inverse_document_frequency())
-    return encoder
-
-
-def train(loss: str, data: Data, device: torch.device, batch: int, steps: int, seconds: float, seed: int) -> Run:
-    """Train a new encoder until `steps` or `seconds` are over; the learning rate falls along a cosine until then."""
-    encoder = initial_encoder(data, seed).to(device)
-    data = data.to(device)
-    text, code = data.text.weighted(encoder.text_idf), data.code.weighted(encoder.code_idf)
-    optimizer = torch.optim.Adam(encoder.parameters(), betas=(0.9, 0.98), fused=True)
-    torch.manual_seed(seed)  # which features are dropped, the same in every run
-    losses, times = [], []
-    with report.progress(f"training: {loss}, batch {batch:,}") as update:
-        start = time.perf_counter()
-        for rows in batches(data.train, batch, seed):
-            begin = time.perf_counter()
-            done = max(len(losses) / steps, (begin - start) / seconds)
-            if done >= 1:
-                break
-            for group in optimizer.param_groups:
-                group["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * done)) / 2
-            losses.append(train_step(encoder, optimizer, loss, text, code, rows.to(device)))
-            times.append(time.perf_counter() - begin)
-            update(done, f"loss {losses[-1]:.3f}")
-    recall1, recall10 = recall(encoder, data)
-    return Run(loss, batch, losses, statistics.median(times), recall1, recall10, encoder)
-
-
-def train_step(encoder: Encoder, optimizer, loss: str, text: Bags, code: Bags, rows: Tensor) -> float:
-    x, y = encoder.encode_text(text.take(rows)), encoder.encode_code(code.take(rows))
-    value = memory.LOSSES[loss](x, y, logit_scale=encoder.logit_scale)
-    optimizer.zero_grad()
-    value.backward()
-    optimizer.step()
-    encoder.clamp_logit_scale()
-    return value.item()
-
-
-@torch.no_grad()
-def recall(encoder: Encoder, data: Data) -> tuple[float, float]:
-    """How often the code of a held-out text comes first, and among the first ten, of all held-out codes."""
-    encoder.eval()
-    rows = data.test.to(encoder.table.weight.device)
-    x = encoder.encode_text(data.text.take(rows).weighted(encoder.text_idf))
-    y = encoder.encode_code(data.code.take(rows).weighted(encoder.code_idf))
-    encoder.train()
-    s = x @ y.T
-    better = (s > s.diagonal()[:, None]).sum(1)
-    return (better < 1).double().mean().item(), (better < 10).double().mean().item()
+        choose_threads(device)
+        limits = {"steps": args.steps, "seconds": args.seconds}
+        runs += training.train(["flashcl"], data, device, large, **limits, seed=args.seed)
+    return runs
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

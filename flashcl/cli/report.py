@@ -8,29 +8,18 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from flashcl.cli.encoder import Encoder
 from flashcl.cli.memory import METHOD, Measured, find
+
+if TYPE_CHECKING:
+    from flashcl.cli.training import Run  # which shows its progress with this module
 
 COLORS = {"dense": "#e07b39", "flashcl": "#1f5fa8", "large": "#2a9d6f"}
 Update = Callable[..., None]  # (fraction done, note)
-
-
-@dataclass
-class Run:
-    """One training run and what came of it."""
-
-    loss: str
-    batch: int
-    losses: list[float]
-    seconds_per_step: float
-    recall1: float
-    recall10: float
-    encoder: Encoder
 
 
 @contextlib.contextmanager
@@ -104,7 +93,7 @@ def summary(
         m = find(measured, run.loss, run.batch)
         seen = [f"{run.batch:,}", f"{len(run.losses):,}", f"{run.batch * len(run.losses):,}"]
         scores = [f"{run.recall1:.1%}", f"{run.recall10:.1%}", f"{run.losses[-1]:.3f}"]
-        cost = [f"{run.seconds_per_step * 1000:,.0f} ms", size(m.peak) if m and m.peak else "not measured"]
+        cost = [f"{run.seconds_per_step * 1000:,.0f} ms", _peak(m) if m else "not measured"]
         rows.append([run.loss, *seen, *scores, *cost])
     trained = {run.batch for run in runs if run.loss == "dense"}
     rows += [_not_trained(m) for m in measured if m.loss == "dense" and m.batch in {r.batch for r in runs} - trained]
@@ -126,7 +115,11 @@ def summary(
 def _not_trained(m: Measured) -> list[str]:
     if m.peak is None:
         return [m.loss, f"{m.batch:,}", f"not run: its loss would need {size(m.needed)}"]
-    return [m.loss, f"{m.batch:,}", f"not trained: its loss alone takes {size(m.peak)} (measured)"]
+    return [m.loss, f"{m.batch:,}", f"not trained: its loss alone takes {_peak(m)} (measured)"]
+
+
+def _peak(m: Measured) -> str:
+    return "under 1 MiB" if m.peak < 2**20 else size(m.peak)  # the pages of a process tell no more
 
 
 def loss_difference(runs: list[Run]) -> str | None:
@@ -180,12 +173,13 @@ def _plot_losses(axes, runs: list[Run]) -> None:
 
 
 def _plot_memory(axes, memory: list[Measured]) -> None:
-    for loss in ("dense", "flashcl"):
+    labels = {"dense": {"xytext": (-8, 4), "ha": "right"}, "flashcl": {"xytext": (0, -16), "ha": "center"}}
+    for loss, label in labels.items():
         done = [m for m in memory if m.loss == loss and m.peak]
         color = COLORS[loss]
         axes.plot([m.batch for m in done], [m.peak for m in done], "o-", color=color, label=f"{loss}, measured")
         for m in done:
-            axes.annotate(size(m.peak), (m.batch, m.peak), (0, 8), textcoords="offset points", ha="center", color=color)
+            axes.annotate(size(m.peak), (m.batch, m.peak), textcoords="offset points", color=color, **label)
     for m in memory:
         if m.peak is None:
             axes.plot(m.batch, m.needed, "o", markerfacecolor="none", color=COLORS["dense"])
@@ -198,11 +192,14 @@ def _plot_memory(axes, memory: list[Measured]) -> None:
                 va="center",
                 fontsize=9,
             )
-    batches = sorted({m.batch for m in memory})
+    batches = sorted({m.batch for m in memory if m.peak or m.needed})
+    if not batches:
+        axes.text(0.5, 0.5, "not measured here", ha="center", transform=axes.transAxes)
+        return
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks(batches, [f"{batch:,}" for batch in batches])
     axes.yaxis.set_major_formatter(lambda value, _: size(value).replace(".0 ", " "))
     axes.set(xlabel="batch size", ylabel="peak memory of the loss", title="Memory of the loss, forward and backward")
-    axes.margins(x=0.08, y=0.12)
+    axes.margins(x=0.15, y=0.12)
     axes.legend(frameon=False, loc="upper left")
