@@ -24,11 +24,12 @@ from triton.runtime.jit import JITFunction
 
 from flashcl.backends import triton as backend
 from flashcl.engine.problem import LogSumExp, Problem, Sigmoid, Softmax
-from flashcl.triton_kernels import config
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
-INSTRUCTIONS = dict(mma="mma.sync", wgmma="wgmma.mma_async", tcgen05="tcgen05.mma", cp_async="cp.async.c", tma="cp.async.bulk.tensor")
+INSTRUCTIONS = dict(
+    mma="mma.sync", wgmma="wgmma.mma_async", tcgen05="tcgen05.mma", cp_async="cp.async.c", tma="cp.async.bulk.tensor"
+)  # fmt: skip
 
 
 class AbsentGPU:
@@ -88,7 +89,7 @@ def _tool(name, *args):
 
 # ---- what is compiled ----------------------------------------------------------------------------------------------------
 
-SIZES = {"whole": 512, "ragged": 509}  # for multiples of 16 Triton compiles a version of its own
+SIZES = {"whole": 512, "ragged": 509, "single": 1}  # for multiples of 16, and for 1, Triton compiles versions of their own
 
 
 def problem(program, dtype, N, triangular=False, biased=False):
@@ -109,43 +110,48 @@ def softmax(p):
     return Softmax(weight, lse, weight, lse, offset, offset)
 
 
-def sweep(p, plan):
-    backend.sweep(p, need_cols=True, plan=plan)
+def sweep(p):
+    backend.sweep(p, need_cols=True)
 
 
-def grad(p, plan):
-    backend.grad(p, softmax(p), need_x=True, need_y=True, need_bias=False, plan=plan)
+def grad(p):
+    backend.grad(p, softmax(p), need_x=True, need_y=True, need_bias=False, need_scale=True)
 
 
-def softplus(p, plan):
-    backend.sweep_softplus(p, plan=plan)
+def grad_fixed_scale(p):
+    backend.grad(p, softmax(p), need_x=True, need_y=True, need_bias=False, need_scale=False)
 
 
-def sigmoid(p, plan):
-    backend.grad(p, Sigmoid(torch.empty(len(p.x))), need_x=True, need_y=True, need_bias=True, plan=plan)
+def softplus(p):
+    backend.sweep_softplus(p)
+
+
+def sigmoid(p):
+    backend.grad(p, Sigmoid(torch.empty(len(p.x))), need_x=True, need_y=True, need_bias=True, need_scale=True)
 
 
 def kernels(dtype, N, shapes=("", " triangular", " biased")):
-    """(name, row of the table, call, problem): every row of the table with the largest kernels that it serves."""
+    """(name, call, problem): the largest kernels that every row of the table serves."""
     for shape in shapes:
         for program in ("different", "by_label"):
             p = problem(program, dtype, N, triangular=shape == " triangular", biased=shape == " biased")
-            many = "2" if program == "by_label" or shape == " biased" else ""
             for call in (sweep, grad):
-                yield f"{call.__name__} {program}{shape}", call.__name__ + many, call, p
+                yield f"{call.__name__} {program}{shape}", call, p
+    p = problem("different", dtype, N)
+    yield "grad_fixed_scale different", grad_fixed_scale, p
     p = problem("all", dtype, N, biased=True)
-    yield "softplus", "sweep", softplus, p
-    yield "sigmoid", "sigmoid", sigmoid, p
+    yield "softplus", softplus, p
+    yield "sigmoid", sigmoid, p
 
 
 def main(arch, name, sizes):
     """One JSON line per kernel. sm_86, sm_89 and sm_120 have the rows of sm_80: a few kernels speak for them."""
     dtype = getattr(torch, name)
     shapes = [("",)] if arch in (86, 89, 120) else []
-    for kernel, row, call, p in kernels(dtype, SIZES[sizes], *shapes):
+    backend._arch = lambda device: arch  # what is compiled is what the backend itself would choose there
+    for kernel, call, p in kernels(dtype, SIZES[sizes], *shapes):
         with Compiled(arch) as launches:
-            tiles = config.row(arch, row, dtype)
-            call(p, backend.Plan(tiles.tile, tiles.square))
+            call(p)
         used = next(resources for function, resources in launches if function != "fold_kernel")
         print(json.dumps(dict(arch=arch, dtype=name, kernel=kernel, sizes=sizes, **used)), flush=True)
 

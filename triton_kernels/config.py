@@ -60,8 +60,8 @@ _SM90_16 = {
     # 85 FLOP per byte from L2 where 128 x 128 has 64, and L2 is the limit here. 128 x 256 spills: twice the columns.
     "sweep": _row(256, 128, 64, 8, 4, square=(128, 128, 64, 8, 4), tma=True),
     "sweep2": _row(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),
-    # 4 warps and 98 KiB: two programs on an SM, the epilogue and the store of one behind the products of the other.
-    "grad": _row(128, 128, 64, 4, 3, tma=True),
+    # 8 warps: the products stay in registers beside G, for the gradient of the scale; 4 warps spill.
+    "grad": _row(128, 128, 64, 8, 4, tma=True),
     "grad2": _row(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),
     "sigmoid": _row(128, 128, 64, 8, 4, tma=True),  # 4 warps spill
 }
@@ -69,7 +69,7 @@ _SM100_16 = {  # the accumulator lies in tensor memory; a thread reads half a ro
     "sweep": _row(128, 128, 64, 8, 4, tma=True),
     "sweep2": _row(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),
     "grad": _row(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),  # 128 x 128 spills for some sizes
-    "grad2": _row(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),
+    "grad2": _row(64, 64, 64, 8, 4, tma=True),  # 128 x 64, and 4 warps, spill
     "sigmoid": _row(128, 128, 64, 8, 4, tma=True),
 }
 
@@ -86,6 +86,7 @@ _SM90_32 = {
 _SM100_32 = _SM90_32 | {
     "sweep": _row(128, 64, 32, 8, 3, square=(64, 64, 32, 4, 3), tma=True),  # 128 x 128 spills for some sizes
     "grad": _row(128, 64, 32, 8, 3, square=(64, 64, 32, 4, 3), tma=True),
+    "grad2": _row(64, 64, 32, 8, 3, tma=True),  # 4 warps spill
 }
 
 INTERPRETER = 0  # no GPU: see triton.runtime.interpreter. Its time goes by operations, not by elements

@@ -14,8 +14,8 @@ from .sweep import log1p
 from .tile import Block, grid, load_vectors, logits, on, operands, options, product, tile_of
 
 # Where the log-sum-exps of a tile lie within SPREAD of each other, e = exp(s - lowest) serves its rows and its columns:
-# s <= lse of a pair that counts, so that e <= exp(SPREAD) is far from overflow, and weight * exp(lowest - lse) >=
-# weight * exp(-SPREAD) = weight * 4e-18 is a normal number for weights down to 3e-21. What underflows is below 1e-38 of its weight.
+# s <= lse of a pair that counts, so that e <= exp(SPREAD) is far from overflow, and weight * exp(lowest - lse) is at least
+# weight * 4e-18, a normal number for weights down to 3e-21. What underflows in e is below 1e-38 of its weight.
 SPREAD = tl.constexpr(40.0)
 
 
@@ -37,6 +37,7 @@ class Sums(NamedTuple):
     g_rows: Any  # (tiles_m, N) float32: of G
     g_cols: Any  # (tiles_n, M) float32
     softplus: Any  # (tiles_m, N) float32: of weight * softplus(s)
+    scaled: Any  # (tiles,) float32: of G_ij <x_i, y_j>, over a whole tile
 
 
 @triton.jit
@@ -111,14 +112,14 @@ def less_offset(g, positive, side, i, AXIS: tl.constexpr):
 
 
 @triton.jit
-def softmax_g(s, positive, row, col, n, m):
-    if col is None:
-        g = weighted_exp(s, positive, row, n, 1)
-    else:
+def softmax_g(s, positive, row, col, n, m, COLS: tl.constexpr):
+    if COLS:
         g = two_sided_g(s, positive, row, col, n, m)
+    else:
+        g = weighted_exp(s, positive, row, n, 1)
     if row.offset is not None:
         g = less_offset(g, positive, row, n, 1)
-        if col is not None:
+        if COLS:
             g = less_offset(g, positive, col, m, 0)
     return g  # (BN, BM)
 
@@ -128,10 +129,10 @@ def symmetric_g(s, positive, row, n, m, diagonal):
     """(G + G^T)_ij of a problem whose columns are its rows."""
     if diagonal:
         # s_ij and s_ji may be rounded apart, and the log-sum-exp of line j has seen s_ji.
-        g = softmax_g(s, positive, row, None, n, m)
+        g = softmax_g(s, positive, row, row, n, m, False)
         g += g.T
     else:
-        g = softmax_g(s, positive, row, row, n, m)
+        g = softmax_g(s, positive, row, row, n, m, True)
     return g
 
 
@@ -144,11 +145,12 @@ def store_tile(p, stride, t, i, j):
 @triton.jit
 def grad_kernel(
     x, y,  # (N, D), (M, D): pointers or tensor descriptors
-    block, row, col,  # Block, Side, Side or None; TRIANGULAR: col is not looked at
+    block, row, col,  # Block, Side, Side; col is looked at with COLS only, and not where TRIANGULAR
     g_block, g_stride,  # lift * G goes to g_block (N, M rounded up to whole tiles), rows g_stride apart; or None
     lift,  # (1,) float32, or None
+    nan,  # (1,) int32: whether a coefficient is NaN; None where SIGMOID
     sums,  # Sums
-    LOGIT: tl.constexpr, POSITIVE: tl.constexpr, SIGMOID: tl.constexpr, TRIANGULAR: tl.constexpr,
+    DROP: tl.constexpr, POSITIVE: tl.constexpr, SIGMOID: tl.constexpr, COLS: tl.constexpr, TRIANGULAR: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     N, M = block.N, block.M
@@ -158,7 +160,7 @@ def grad_kernel(
     n, m = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
     rows, cols = load_vectors(block.rows, n), load_vectors(block.cols, m)
     whole = ((tile_n + 1) * BN <= N) & ((tile_m + 1) * BM <= M)
-    s = logits(acc, n, m, rows, cols, whole, block, LOGIT)  # (BN, BM)
+    s = logits(acc, n, m, rows, cols, whole, block, DROP)  # (BN, BM)
 
     row_at = (tile_m.to(tl.int64) * tiles_n + tile_n) * BN + tl.arange(0, BN)
     col_at = (tile_n.to(tl.int64) * tiles_m + tile_m) * BM + tl.arange(0, BM)
@@ -168,16 +170,25 @@ def grad_kernel(
         g = w[:, None] * (tl.where(s >= 0, 1.0, e) / (1.0 + e))
         tl.store(sums.softplus + row_at, w * tl.sum(tl.maximum(s, 0.0) + log1p(e), 1))
     else:
-        positive = POSITIVE(rows, cols)
+        positive = POSITIVE(rows, cols) if POSITIVE is not None else None
         if TRIANGULAR:
             g = symmetric_g(s, positive, row, n, m, tile_n == tile_m)
         else:
-            g = softmax_g(s, positive, row, col, n, m)
+            g = softmax_g(s, positive, row, col, n, m, COLS)
+        if tl.load(nan) != 0:  # exp(-inf) is 0, but 0 times the NaN of a line is not
+            g = DROP(g, load_vectors(block.rows, n), load_vectors(block.cols, m), 0.0)  # again: not to keep them until here
 
+    if row.offset is not None:
+        if not whole:  # past the edges G is 0, but for the offsets of what may look like positives there
+            g = tl.where((n < N)[:, None] & (m < M)[None, :], g, 0.0)
     if sums.g_rows is not None:
-        g = tl.where((n < N)[:, None] & (m < M)[None, :], g, 0.0)
         tl.store(sums.g_rows + row_at, tl.sum(g, 1))
         tl.store(sums.g_cols + col_at, tl.sum(g, 0))
+    if sums.scaled is not None:
+        scaled = tl.sum(g * acc)
+        if TRIANGULAR:
+            scaled *= tl.where(tile_n == tile_m, 0.5, 1.0)  # there G + G^T meets every pair twice
+        tl.store(sums.scaled + tl.program_id(0), scaled)
 
     if g_block is not None:
         if lift is not None:
@@ -200,6 +211,7 @@ def grad(
     col: Side | None,
     g: Tensor | None,  # (N, M rounded up to whole tiles): what lies past the edges is undefined
     lift: Tensor | None,  # (1,) float32, a power of two: what is written is lift * G
+    nan: Tensor | None,  # (1,) int32: whether row or col hold a NaN; None with sigmoid coefficients
     sums: Sums,
     program: Program,
     triangular: bool,
@@ -209,6 +221,7 @@ def grad(
     a, b, tma = operands(x, y, tile)
     with on(x.device):
         grad_kernel[grid(block, tile, triangular)](
-            a, b, block, row, col, g, 0 if g is None else g.stride(0), lift, sums,
-            LOGIT=program.logit, POSITIVE=program.positive, SIGMOID=row.lse is None, TRIANGULAR=triangular, **options(tile, tma),
+            a, b, block, row, col, g, 0 if g is None else g.stride(0), lift, nan, sums,
+            DROP=program.drop, POSITIVE=program.positive, SIGMOID=row.lse is None, COLS=col is not None, TRIANGULAR=triangular,
+            **options(tile, tma),
         )  # fmt: skip

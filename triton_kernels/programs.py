@@ -1,13 +1,15 @@
-"""Pair programs: what becomes of a logit between the product and the reduction, from O(N + M) vectors.
+"""Pair programs: which pairs count, and to which class they belong, from O(N + M) vectors.
 
-A program is two device functions, handed to the kernels at compile time:
+A program is one or two device functions, handed to the kernels at compile time:
 
-    logit(s, rows, cols)   the tile s (BN, BM), with -inf where a pair is dropped
-    positive(rows, cols)   (BN, BM) bool: the pairs of class 1; None where the program knows one class only
+    drop(t, rows, cols, value)   the tile t (BN, BM), with value where a pair is dropped: logits with -inf, G with 0
+    positive(rows, cols)         (BN, BM) bool: the pairs of class 1; there is none where all pairs are of one class
 
 rows and cols are tuples of the vectors loaded beside the tile, (BN,) and (BM,) each. Past the edges of the matrix they
 hold anything; the kernels drop those pairs themselves, after the program.
 """
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -16,8 +18,8 @@ import triton.language as tl
 
 
 @triton.jit
-def keep(s, rows, cols):
-    return s
+def keep_all(t, rows, cols, value):
+    return t
 
 
 @triton.jit
@@ -27,15 +29,10 @@ def may_hold_equal(row_id, col_id):
 
 
 @triton.jit
-def drop_equal_ids(s, rows, cols):
+def drop_equal_ids(t, rows, cols, value):
     if may_hold_equal(rows[0], cols[0]):
-        s = tl.where(rows[0][:, None] == cols[0][None, :], float("-inf"), s)
-    return s
-
-
-@triton.jit
-def one_class(rows, cols):
-    return None
+        t = tl.where(rows[0][:, None] == cols[0][None, :], value, t)
+    return t
 
 
 @triton.jit
@@ -47,13 +44,13 @@ def equal_labels(rows, cols):
 
 
 class Program(NamedTuple):
-    logit: triton.JITFunction
-    positive: triton.JITFunction
+    drop: triton.JITFunction
+    positive: triton.JITFunction | None
     classes: int
 
 
 PROGRAMS = {
-    "all": Program(keep, one_class, 1),
-    "different": Program(drop_equal_ids, one_class, 1),
+    "all": Program(keep_all, None, 1),
+    "different": Program(drop_equal_ids, None, 1),
     "by_label": Program(drop_equal_ids, equal_labels, 2),
 }

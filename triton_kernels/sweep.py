@@ -155,9 +155,9 @@ def softplus(s):
 def sweep_kernel(
     x, y,  # (N, D), (M, D): pointers or tensor descriptors
     block,  # Block
-    row, col,  # Lines; col is None where columns are not asked for, and row itself where TRIANGULAR
-    softplus_sums,  # (tiles_m, N rounded up to whole tiles) float32: sums of softplus(s) go there, and nothing else is done; or None
-    LOGIT: tl.constexpr, POSITIVE: tl.constexpr, TRIANGULAR: tl.constexpr,
+    row, col,  # Lines; col is None without COLS, and row itself where TRIANGULAR
+    softplus_sums,  # None, or (tiles_m, N rounded up to whole tiles) float32: sums of softplus(s), and nothing else is done
+    DROP: tl.constexpr, POSITIVE: tl.constexpr, COLS: tl.constexpr, TRIANGULAR: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     N, M = block.N, block.M
@@ -167,7 +167,7 @@ def sweep_kernel(
     n, m = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
     rows, cols = load_vectors(block.rows, n), load_vectors(block.cols, m)
     whole = ((tile_n + 1) * BN <= N) & ((tile_m + 1) * BM <= M)
-    s = logits(acc, n, m, rows, cols, whole, block, LOGIT)  # (BN, BM)
+    s = logits(acc, n, m, rows, cols, whole, block, DROP)  # (BN, BM)
 
     # Line i of a triangular block meets tile t as a row where t is on its right, as a column (of the tile above) where t
     # is on its left: every place (t, i) of the array that rows and columns share is written once, the diagonal by its rows.
@@ -178,22 +178,21 @@ def sweep_kernel(
     if softplus_sums is not None:
         tl.store(softplus_sums + row_at, tl.sum(softplus(s), 1))
     else:
-        tiles = tiles_n.to(tl.int64) * tiles_m
-        row_sums, row_plane, col_plane = row.sums + row_at, tiles * BN, tiles * BM
+        row_sums, row_plane, col_plane = row.sums + row_at, tiles_n * tiles_m * BN, tiles_n * tiles_m * BM
         col_sums = row_sums  # not looked at without columns
-        if col is not None:
+        if COLS:
             col_sums = col.sums + col_at
-        positive = POSITIVE(rows, cols)
-        if positive is None:
-            sums_of_one_class(s, row_sums, row_plane, col_sums, col_plane, col_mask, whole, col is not None)
+        if POSITIVE is None:
+            sums_of_one_class(s, row_sums, row_plane, col_sums, col_plane, col_mask, whole, COLS)
         else:
+            positive = POSITIVE(rows, cols)
             if row.center is not None:
                 row_center = tl.load(row.center + n)[:, None]
                 store_deviation(row.deviation + row_at, None, s, positive, row_center, 1)
-                if col is not None:
+                if COLS:
                     col_center = tl.load(col.center + m)[None, :]
                     store_deviation(col.deviation + col_at, col_mask, s, positive, col_center, 0)
-            sums_of_two_classes(s, positive, row_sums, row_plane, col_sums, col_plane, col_mask, whole, col is not None)
+            sums_of_two_classes(s, positive, row_sums, row_plane, col_sums, col_plane, col_mask, whole, COLS)
 
 
 @triton.jit
@@ -215,7 +214,7 @@ def fold_kernel(
         mask = (j < T)[:, None] & (i < n)[None, :]
         at = sums + j.to(tl.int64)[:, None] * stride
         tops = tl.load(at, mask=mask, other=float("-inf"))  # (BT, BC)
-        totals = tl.load(at + T.to(tl.int64) * stride, mask=mask, other=0.0)
+        totals = tl.load(at + T * stride, mask=mask, other=0.0)
         highest = tl.maximum(top, tl.max(tops, 0))
         shift = or_zero(highest)
         total = total * tl.exp(top - shift) + tl.sum(totals * tl.exp(tops - shift[None, :]), 0)
@@ -243,7 +242,7 @@ def sweep(
     with on(x.device):
         sweep_kernel[grid(block, tile, triangular)](
             a, b, block, row, col, softplus_sums,
-            LOGIT=program.logit, POSITIVE=program.positive, TRIANGULAR=triangular, **options(tile, tma),
+            DROP=program.drop, POSITIVE=program.positive, COLS=col is not None, TRIANGULAR=triangular, **options(tile, tma),
         )  # fmt: skip
 
 

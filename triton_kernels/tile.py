@@ -98,14 +98,14 @@ def load_vectors(pointers, i):
 
 
 @triton.jit
-def logits(acc, n, m, rows, cols, whole, block, LOGIT: tl.constexpr):
+def logits(acc, n, m, rows, cols, whole, block, DROP: tl.constexpr):
     """s = logit_scale * acc + biases, through the pair program, -inf past the edges: of a whole tile none of it lies there."""
     s = acc * tl.load(block.logit_scale)
     if block.row_bias is not None:
         s += tl.load(block.row_bias + n)[:, None]
     if block.col_bias is not None:
         s += tl.load(block.col_bias + m)[None, :]
-    s = LOGIT(s, rows, cols)
+    s = DROP(s, rows, cols, float("-inf"))
     if not whole:
         s = tl.where((n < block.N)[:, None] & (m < block.M)[None, :], s, float("-inf"))
     return s  # (BN, BM)

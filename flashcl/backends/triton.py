@@ -125,23 +125,26 @@ def grad(
     need_x: bool,
     need_y: bool,
     need_bias: bool,
+    need_scale: bool,
     plan: Plan | None = None,
 ) -> Grads:
     if p.triangular and isinstance(c, Sigmoid):  # no loss asks for this: walk all of S
         p = dataclasses.replace(p, triangular=False)
-        full = grad(p, c, need_x=need_x, need_y=need_x, need_bias=False, plan=plan)
-        return Grads(full.dx + full.dy if need_x else None, None, row_sum=full.row_sum)
+        full = grad(p, c, need_x=need_x, need_y=need_x, need_bias=False, need_scale=need_scale, plan=plan)
+        return Grads(full.dx + full.dy if need_x else None, None, d_scale=full.d_scale, row_sum=full.row_sum)
 
-    plan = plan or Plan.of(p, "sigmoid" if isinstance(c, Sigmoid) else "grad2" if _many_vectors(p) else "grad")
+    plan = plan or Plan.of(p, _grad_row(p, c, need_scale))
     row, col = _sides(p, c)
     lift = _lift(row, col) if p.x.dtype == torch.float16 else None
+    nan = None if isinstance(c, Sigmoid) else _any_nan(row, col)
 
     def zeros(wanted: bool, *shape: int) -> Tensor | None:
         return torch.zeros(shape, device=p.x.device) if wanted else None
 
     N, M, D = len(p.x), len(p.y), p.x.shape[1]
     dx, dy = zeros(need_x, N, D), zeros(need_y and not p.triangular, M, D)
-    totals = Sums(zeros(need_bias, N), zeros(need_bias, M), zeros(isinstance(c, Sigmoid), N))
+    totals = Sums(zeros(need_bias, N), zeros(need_bias, M), zeros(isinstance(c, Sigmoid), N), None)
+    d_scale = torch.zeros((), dtype=torch.float64, device=p.x.device) if need_scale else None
     need_g = dx is not None or dy is not None
 
     p, program = _loadable(p), PROGRAMS[p.program]
@@ -154,12 +157,15 @@ def grad(
             shape = _whole(block.N, tile.BN), _whole(block.M, tile.BM)
             buffer = torch.empty(math.prod(shape), dtype=x.dtype, device=x.device) if buffer is None else buffer
             padded = buffer[: math.prod(shape)].view(shape)
-        sums = _sums_of_tiles(totals, block, tile)
-        grad_kernels.grad(x, y, block, _part(row, i), _part(col, j), padded, lift, sums, program, diagonal, tile)
+        scaled = torch.empty(grad_kernels.grid(block, tile, diagonal), device=x.device) if need_scale else None
+        sums = _sums_of_tiles(totals, block, tile, scaled)
+        grad_kernels.grad(x, y, block, _part(row, i), _part(col, j), padded, lift, nan, sums, program, diagonal, tile)
 
-        for total, part, at in zip(totals, sums, (i, j, i)):
+        for total, part, at in zip(totals, sums, (i, j, i)):  # not of `scaled`, which is no line
             if total is not None:
                 total[at] += part.sum(0)[: at.stop - at.start]
+        if need_scale:
+            d_scale += sums.scaled.sum(dtype=torch.float64)
         if need_g:
             g = padded[: block.N, : block.M]
             if dx is not None:
@@ -172,7 +178,16 @@ def grad(
     for d in (dx, dy):
         if lift is not None and d is not None:
             d /= lift
-    return Grads(dx, dy, totals.g_rows, totals.g_cols, totals.softplus)
+    return Grads(dx, dy, totals.g_rows, totals.g_cols, d_scale, totals.softplus)
+
+
+def _grad_row(p: Problem, c: Softmax | Sigmoid, need_scale: bool) -> str:
+    """The row of the tile table for a gradient."""
+    if isinstance(c, Sigmoid):
+        return "sigmoid"
+    # The products stay in registers for the gradient of the scale, and sizes that are not multiples of 16 take more of them.
+    ragged = len(p.x) % 16 or len(p.y) % 16
+    return "grad2" if _many_vectors(p) or (need_scale and ragged) else "grad"
 
 
 def _sides(p: Problem, c: Softmax | Sigmoid) -> tuple[Side, Side | None]:
@@ -204,12 +219,19 @@ def _part(side: Side | None, at: slice) -> Side | None:
     return Side(weight, lse, side.stride, offset)
 
 
-def _sums_of_tiles(totals: Sums, block: Block, tile: config.Tile) -> Sums:
+def _sums_of_tiles(totals: Sums, block: Block, tile: config.Tile, scaled: Tensor | None) -> Sums:
     """Room for the sums of every tile, of those that are wanted."""
     along_rows = triton.cdiv(block.M, tile.BM), _whole(block.N, tile.BN)
     along_cols = triton.cdiv(block.N, tile.BN), _whole(block.M, tile.BM)
     shapes = along_rows, along_cols, along_rows
-    return Sums(*(None if total is None else total.new_empty(shape) for total, shape in zip(totals, shapes)))
+    lines = (None if total is None else total.new_empty(shape) for total, shape in zip(totals, shapes))
+    return Sums(*lines, scaled)
+
+
+def _any_nan(row: Side, col: Side | None) -> Tensor:
+    """Whether a coefficient is NaN, (1,) int32, on the device."""
+    vectors = [v for side in (row, col) if side is not None for v in (side.weight, side.lse)]
+    return torch.stack([v.isnan().any() for v in vectors]).any().to(torch.int32).reshape(1)
 
 
 def _lift(row: Side, col: Side | None) -> Tensor:
