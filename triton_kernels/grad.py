@@ -13,10 +13,10 @@ from .programs import Program
 from .sweep import log1p
 from .tile import Block, grid, load_vectors, logits, on, operands, options, product, tile_of
 
-# Where the log-sum-exps of a tile lie within SPREAD of each other, e = exp(s - lowest) serves its rows and its columns:
-# s <= lse of a pair that counts, so that e <= exp(SPREAD) is far from overflow, and weight * exp(lowest - lse) is at least
-# weight * 4e-18, a normal number for weights down to 3e-21. What underflows in e is below 1e-38 of its weight.
-SPREAD = tl.constexpr(40.0)
+# Where the log-sum-exps of a tile lie within SPREAD of each other, e = exp(s - lowest) serves its rows and its columns.
+# Overflow would allow 80; but s - lowest is rounded by up to half a unit in the last place of the spread, which at 8 is 5e-7
+# of the result: as much as float32 bears. (16 bits would bear more, and more tiles with one exp: to be measured.)
+SPREAD = tl.constexpr(8.0)
 
 
 class Side(NamedTuple):
@@ -151,12 +151,12 @@ def grad_kernel(
     nan,  # (1,) int32: whether a coefficient is NaN; None where SIGMOID
     sums,  # Sums
     DROP: tl.constexpr, POSITIVE: tl.constexpr, SIGMOID: tl.constexpr, COLS: tl.constexpr, TRIANGULAR: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     N, M = block.N, block.M
     tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
     tile_n, tile_m = tile_of(tl.program_id(0), tiles_n, tiles_m, GROUP, TRIANGULAR)
-    acc = product(x, y, tile_n * BN, tile_m * BM, block, BN, BM, BK, TMA)
+    acc = product(x, y, tile_n * BN, tile_m * BM, block, BN, BM, BK, TMA, PRECISION)
     n, m = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
     rows, cols = load_vectors(block.rows, n), load_vectors(block.cols, m)
     whole = ((tile_n + 1) * BN <= N) & ((tile_m + 1) * BM <= M)

@@ -158,12 +158,12 @@ def sweep_kernel(
     row, col,  # Lines; col is None without COLS, and row itself where TRIANGULAR
     softplus_sums,  # None, or (tiles_m, N rounded up to whole tiles) float32: sums of softplus(s), and nothing else is done
     DROP: tl.constexpr, POSITIVE: tl.constexpr, COLS: tl.constexpr, TRIANGULAR: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     N, M = block.N, block.M
     tiles_n, tiles_m = tl.cdiv(N, BN), tl.cdiv(M, BM)
     tile_n, tile_m = tile_of(tl.program_id(0), tiles_n, tiles_m, GROUP, TRIANGULAR)
-    acc = product(x, y, tile_n * BN, tile_m * BM, block, BN, BM, BK, TMA)
+    acc = product(x, y, tile_n * BN, tile_m * BM, block, BN, BM, BK, TMA, PRECISION)
     n, m = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
     rows, cols = load_vectors(block.rows, n), load_vectors(block.cols, m)
     whole = ((tile_n + 1) * BN <= N) & ((tile_m + 1) * BM <= M)

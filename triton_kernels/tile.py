@@ -78,14 +78,14 @@ def load_rows(x, stride, row, k, N, D, BN: tl.constexpr, BK: tl.constexpr, TMA: 
 @triton.jit
 def product(
     x, y, row, col, block,
-    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """x[row : row + BN] @ y[col : col + BM].T, accumulated in float32."""
+    """x[row : row + BN] @ y[col : col + BM].T, accumulated in float32. PRECISION is that of float32 operands."""
     acc = tl.zeros((BN, BM), tl.float32)
     for k in range(0, block.D, BK):
         a = load_rows(x, block.x_stride, row, k, block.N, block.D, BN, BK, TMA)  # (BN, BK)
         b = load_rows(y, block.y_stride, col, k, block.M, block.D, BM, BK, TMA)  # (BM, BK)
-        acc = tl.dot(a, b.T, acc, input_precision="tf32x3")  # of float32; 16-bit operands are taken as they are
+        acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
     return acc  # (BN, BM)
 
 
@@ -136,7 +136,8 @@ def grid(block: Block, tile: Tile, triangular: bool) -> tuple[int]:
 
 def options(tile: Tile, tma: bool) -> dict[str, Any]:
     return dict(
-        BN=tile.BN, BM=tile.BM, BK=tile.BK, GROUP=tile.GROUP, TMA=tma, num_warps=tile.warps, num_stages=tile.stages
+        BN=tile.BN, BM=tile.BM, BK=tile.BK, GROUP=tile.GROUP, TMA=tma, PRECISION=tile.precision,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
