@@ -22,6 +22,8 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 6):
+        return f"the kernels need triton 3.6 or later, this is {triton.__version__}"
     if dtype == torch.float64:
         return "float64 is served by the torch backend"
     if device.type == "cuda":
