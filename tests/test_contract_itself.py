@@ -186,7 +186,7 @@ def test_regimes_are_what_they_say():
     assert 1 - probabilities("saturated")[1].min() < 1e-12
     assert 0.8 < probabilities("cone")[2].min() and probabilities("cone")[2].mean() < 0.95
     assert 5e3 < probabilities("large")[0].abs().max() < 1.001e4
-    assert 0 < probabilities("collapsed")[0].std() < 0.1
+    assert 0 < probabilities("collapsed")[0].std() < 0.2 * probabilities("init")[0].std()
     s = probabilities("duplicates")[0]
     assert torch.equal(s[2], s[3]) and torch.equal(s[:, 2], s[:, 3]) and not torch.equal(s[1], s[2])
     labels = case("sup_con", "init", n=40).options["labels"]

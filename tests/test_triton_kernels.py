@@ -344,7 +344,7 @@ def test_spread_of_log_sum_exps(monkeypatch):
     """The gradient on both sides of the threshold between one exp and two."""
     apart = Spy(monkeypatch, grad_module, "weighted_exp")
     taken = []
-    for depth in (0, 30, 50, 100, 1000):
+    for depth in (0, 1, 50, 100, 1000):
         p = problem(32, 32, 16)
         p = dataclasses.replace(p, row_bias=torch.where(torch.arange(32) < 16, -float(depth), 0.0))
         before = apart.calls
