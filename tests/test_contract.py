@@ -33,7 +33,7 @@ TWO = [param for param in EVERY if param.values[1] in (SINGLE, BF16)]
 @pytest.fixture
 def small_tiles(monkeypatch):
     """The torch backend in tiles of 16 x 16, not 1024 x 1024: many of them, and ragged ones at the edges."""
-    monkeypatch.setattr(importlib.import_module("flashcl.backends.torch"), "_CPU_TILE", 16)
+    monkeypatch.setattr(importlib.import_module("flashcl.backends.torch"), "_CPU_TILE", (16, 16))
 
 
 def per_row(loss, regime="init", **kwargs):

@@ -26,7 +26,7 @@ DTYPES = {
 @pytest.fixture(scope="module")
 def small_tiles():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("flashcl.backends.torch"), "_CPU_TILE", 16)
+        patch.setattr(importlib.import_module("flashcl.backends.torch"), "_CPU_TILE", (16, 16))
         yield
 
 

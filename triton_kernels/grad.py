@@ -37,7 +37,8 @@ class Sums(NamedTuple):
     g_rows: Any  # (tiles_m, N) float32: of G
     g_cols: Any  # (tiles_n, M) float32
     softplus: Any  # (tiles_m, N) float32: of weight * softplus(s)
-    scaled: Any  # (tiles,) float32: of G_ij <x_i, y_j>, over a whole tile
+    scaled: Any  # (tiles,) float32: of G_ij (<x_i, y_j> - about), over a whole tile
+    about: Any  # (1,) float32, or None: 0
 
 
 @triton.jit
@@ -185,6 +186,8 @@ def grad_kernel(
         tl.store(sums.g_rows + row_at, tl.sum(g, 1))
         tl.store(sums.g_cols + col_at, tl.sum(g, 0))
     if sums.scaled is not None:
+        if sums.about is not None:
+            acc -= tl.load(sums.about)
         scaled = tl.sum(g * acc)
         if TRIANGULAR:
             scaled *= tl.where(tile_n == tile_m, 0.5, 1.0)  # there G + G^T meets every pair twice

@@ -7,8 +7,8 @@ exp per logit is safe; on a GPU such a look would make the host wait, so there t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,11 +18,16 @@ from torch.nn import functional as F
 from flashcl.backends.gemm import addmm_, mm
 from flashcl.engine.problem import Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
 
-# CPU: 4 MiB of float32, so that the two buffers of a tile stay in the last-level cache, while the GEMMs are large enough
-# to run at library speed. GPU: 64 MiB, since there a tile has to be many waves of thread blocks.
-_CPU_TILE, _GPU_TILE = 1024, 4096
+# Rows and columns of a tile. CPU: 2 MiB of float32, so that the passes over a tile stay in the second-level caches; twice as
+# many rows as columns, since the column block and its gradient are read anew for every row block. GPU: 64 MiB, since there
+# a tile has to be many waves of thread blocks.
+_CPU_TILE, _GPU_TILE = (1024, 512), (4096, 4096)
 
-# Terms of exp(s - top) below the smallest normal number, 1e-38, may be lost. A tile has 1024 of them in a row at most:
+# A sweep on a CPU leaves the products <x_i, y_j> of its first tiles for the backward, up to 64 MiB: all of them where
+# N <= 4096, so that small problems do the 6 N M D of the dense formula. On a GPU the recomputation is cheap.
+_KEPT_BYTES = 64 * 2**20
+
+# Terms of exp(s - top) below the smallest normal number, 1e-38, may be lost. A tile has 1024 of them in a line at most:
 # beside a sum of this size they are 1e-8.
 _SAFE_SUM = 1e-27
 
@@ -36,6 +41,13 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
+def kept_elements(p: Problem) -> int:
+    if p.x.device.type != "cpu":
+        return 0
+    # sym_min: under torch.compile the sizes are symbols, and min would compile anew where they cross the limit.
+    return torch.sym_min(p.x.shape[0] * p.y.shape[0], _KEPT_BYTES // p.stat_dtype.itemsize)
+
+
 # ---- tiles ---------------------------------------------------------------------------------------------------------------
 
 
@@ -44,33 +56,36 @@ class _Tile(NamedTuple):
     y: Tensor  # (BM, D) of these columns
     s: Tensor  # (BN, BM) logits, for the taker to overwrite
     classes: _Classes
-    product: Tensor  # (BN, BM) <x_i, y_j>, the same
+    product: Tensor  # (BN, BM) <x_i, y_j>, to read
     free: Tensor  # (BN, BM) with nothing in it
 
 
 class _Tiles:
-    """Walks the logits of a problem, tile by tile, in three buffers."""
+    """Walks the logits of a problem, tile by tile, in three buffers.
 
-    def __init__(self, p: Problem):
+    The first products are written to `keep`, or read from `kept`, a flat tensor of tiles one after the other.
+    """
+
+    def __init__(self, p: Problem, *, keep: Tensor | None = None, kept: Tensor | None = None):
         self.p = p
-        self.edge = _GPU_TILE if p.x.is_cuda else _CPU_TILE
+        self._store, self._stored, self._offset = (keep, False, 0) if kept is None else (kept, True, 0)
+        self.bn, self.bm = _GPU_TILE if p.x.is_cuda else _CPU_TILE
         # A CPU has no 16-bit GEMM with a float32 result: there the operands are widened, a block at a time.
         self.operand_dtype = p.x.dtype if p.x.is_cuda else p.stat_dtype
-        size = min(self.edge, len(p.x)) * min(self.edge, len(p.y))
+        size = min(self.bn, len(p.x)) * min(self.bn if p.triangular else self.bm, len(p.y))
         self._buffers = [torch.empty(size, dtype=p.stat_dtype, device=p.x.device) for _ in range(3)]
 
     def rows(self) -> Iterator[tuple[slice, Tensor]]:
-        for start in range(0, len(self.p.x), self.edge):
-            i = slice(start, min(start + self.edge, len(self.p.x)))
+        for start in range(0, len(self.p.x), self.bn):
+            i = slice(start, min(start + self.bn, len(self.p.x)))
             yield i, self.p.x[i].to(self.operand_dtype)  # (BN, D)
 
     def along(self, i: slice, x: Tensor) -> Iterator[_Tile]:
         """The tiles of the row block i."""
-        for start in range(i.start if self.p.triangular else 0, len(self.p.y), self.edge):
-            j = slice(start, min(start + self.edge, len(self.p.y)))
+        for j in self._columns(i):
             y = self.p.y[j].to(self.operand_dtype)  # (BM, D)
             product, s, free = (b[: len(x) * len(y)].view(len(x), len(y)) for b in self._buffers)  # (BN, BM)
-            mm(x, y.T, out=product)
+            product = self._product(x, y, product)
             torch.mul(product, self.p.logit_scale, out=s)
             if self.p.row_bias is not None:
                 s.add_(self.p.row_bias[i, None])
@@ -80,6 +95,23 @@ class _Tiles:
             if classes.dropped is not None:
                 s.masked_fill_(classes.dropped, -torch.inf)
             yield _Tile(j, y, s, classes, product, free)
+
+    def _columns(self, i: slice) -> Iterator[slice]:
+        if self.p.triangular:
+            yield i  # a square tile, on the diagonal
+        for start in range(i.stop if self.p.triangular else 0, len(self.p.y), self.bm):
+            yield slice(start, min(start + self.bm, len(self.p.y)))
+
+    def _product(self, x: Tensor, y: Tensor, buffer: Tensor) -> Tensor:
+        """<x_i, y_j>, (BN, BM), from the store or computed, there or in the buffer."""
+        end = self._offset + buffer.numel()
+        if self._store is None or end > len(self._store):
+            mm(x, y.T, out=buffer)
+            return buffer
+        product, self._offset = self._store[self._offset : end].view_as(buffer), end
+        if not self._stored:
+            mm(x, y.T, out=product)
+        return product
 
 
 class _Classes(NamedTuple):
@@ -111,13 +143,15 @@ def _equal(row_id: Tensor, col_id: Tensor) -> Tensor | None:
 # ---- sweep ---------------------------------------------------------------------------------------------------------------
 
 
-def sweep(p: Problem, *, need_cols: bool) -> Statistics:
+def sweep(p: Problem, *, need_cols: bool, keep: bool) -> Statistics:
     need_cols = need_cols and not p.triangular
     row = _Running(p, len(p.x))
     col = row if p.triangular else _Running(p, len(p.y))
     deviation = None if p.center is None else torch.zeros(len(p.x), dtype=torch.float64, device=p.x.device)
-    tiles = _Tiles(p)
+    kept = torch.empty(kept_elements(p), dtype=p.stat_dtype, device=p.x.device) if keep else None
+    tiles = _Tiles(p, keep=kept)
     for i, x in tiles.rows():
+        in_rows, in_cols = ([[] for _ in range(p.classes)] for _ in range(2))
         for j, _, s, classes, _, free in tiles.along(i, x):
             mirrored = p.triangular and j.start > i.start
             if deviation is not None:
@@ -125,11 +159,15 @@ def sweep(p: Problem, *, need_cols: bool) -> Statistics:
                 if mirrored:
                     deviation[j] += _masked_sum(torch.sub(s, p.center[j], out=free), classes.positive, 0)
             for k, part in enumerate(_split(s, classes.positive)):
-                in_rows, in_cols = _tile_sums(part, free, need_cols=need_cols or mirrored)
-                row.add(k, i, *in_rows)
-                if in_cols is not None:
-                    col.add(k, j, *in_cols)
-    return Statistics(row.result(), col.result() if need_cols else None, deviation)
+                of_rows, of_cols = _tile_sums(part, free, need_cols=need_cols or mirrored)
+                in_rows[k].append(of_rows)
+                if of_cols is not None:
+                    in_cols[k].append(of_cols)
+        for k in range(p.classes):
+            row.add(k, i, *_fold(in_rows[k]))
+            if in_cols[k]:
+                col.add(k, slice(i.stop if p.triangular else 0, len(p.y)), *map(torch.cat, zip(*in_cols[k])))
+    return Statistics(row.result(), col.result() if need_cols else None, deviation, kept)
 
 
 def _masked_sum(values: Tensor, mask: Tensor, axis: int) -> Tensor:
@@ -153,14 +191,18 @@ class _Running:
         self.total = torch.zeros(p.classes, n, dtype=torch.float64, device=p.x.device)  # sum of exp(s - top)
 
     def add(self, k: int, block: slice, top: Tensor, total: Tensor) -> None:
-        old = self.top[k, block]
-        new = torch.maximum(old, top)
-        decay, scale = (torch.where(t == new, 1.0, torch.exp((t - new).double())) for t in (old, top))  # inf - inf is 0 here
-        self.total[k, block] = self.total[k, block] * decay + total * scale
-        self.top[k, block] = new
+        self.top[k, block], self.total[k, block] = _fold([(self.top[k, block], self.total[k, block]), (top, total)])
 
     def result(self) -> LogSumExp:
         return LogSumExp(self.top, self.total.log_().to(self.top.dtype))
+
+
+def _fold(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """(top, total) each (B,), total a sum of exp(s - top), of several parts as one."""
+    tops, totals = (torch.stack(v) for v in zip(*parts))  # (P, B)
+    top = tops.amax(0)
+    decay = torch.where(tops == top, 1.0, torch.exp((tops - top).double()))  # inf - inf is 0 here
+    return top, decay.mul_(totals).sum(0)
 
 
 def _tile_sums(s: Tensor, free: Tensor, *, need_cols: bool) -> tuple[tuple, tuple | None]:
@@ -171,7 +213,7 @@ def _tile_sums(s: Tensor, free: Tensor, *, need_cols: bool) -> tuple[tuple, tupl
         row, col = e.sum(1), e.sum(0) if need_cols else None
         smallest = row.min() if col is None else min(row.min(), col.min())
         if top.isfinite() and smallest > _SAFE_SUM:
-            return (top, row), None if col is None else (top, col)
+            return (top.expand_as(row), row), None if col is None else (top.expand_as(col), col)
     return _own_top_sums(s, free, 1), _own_top_sums(s, free, 0) if need_cols else None
 
 
@@ -199,9 +241,16 @@ def softplus(s: Tensor) -> Tensor:
 
 
 def grad(
-    p: Problem, c: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_bias: bool, need_scale: bool
+    p: Problem,
+    c: Softmax | Sigmoid,
+    *,
+    need_x: bool,
+    need_y: bool,
+    need_bias: bool,
+    need_scale: bool,
+    kept: Tensor | None = None,
 ) -> Grads:
-    tiles = _Tiles(p)
+    tiles = _Tiles(p, kept=kept)
     # 16-bit operands get a G in their dtype, lifted by a power of two into the middle of its range.
     lift = _lift(c) if tiles.operand_dtype.itemsize == 2 else None
 
@@ -214,6 +263,11 @@ def grad(
     g_rows, g_cols = (zeros(len(p.x)), zeros(len(p.y))) if need_bias else (None, None)
     d_scale = torch.zeros((), dtype=torch.float64, device=p.x.device) if need_scale else None
     row_sum = zeros(len(p.x)) if isinstance(c, Sigmoid) else None
+    about = None
+    if isinstance(c, Softmax):
+        about = c.about
+        rows = _Side.of(c.row_weight, c.row_lse, c.row_offset)
+        cols = rows if p.triangular else _Side.of(c.col_weight, c.col_lse, c.col_offset)
 
     for i, x in tiles.rows():
         for j, y, s, classes, product, free in tiles.along(i, x):
@@ -221,17 +275,19 @@ def grad(
                 row_sum[i] += softplus(s).sum(1) * c.row_weight[i]
                 g = s.sigmoid_().mul_(c.row_weight[i, None])  # (BN, BM)
             else:
-                g = _softmax_tile(s, classes.positive, free, *_coefficients(c, p, i, j))
+                col = None if cols is None or (p.triangular and j.start == i.start) else cols.at(j)
+                g = _softmax_tile(s, classes.positive, free, rows.at(i), col)
                 if classes.dropped is not None:  # 0 already, unless the log-sum-exp of its row is NaN
                     g.masked_fill_(classes.dropped, 0.0)
             if need_scale:
-                d_scale += product.mul_(g).sum(dtype=torch.float64)
+                centered = product if about is None else torch.sub(product, about, out=free)
+                d_scale += torch.mul(centered, g, out=free).sum(1).sum(dtype=torch.float64)
             if p.triangular and j.start == i.start:
                 # Not exp(s_ij - lse_j): a GEMM may round s_ij and s_ji apart, and lse_j has seen s_ji.
                 g = g + g.T
             if need_bias:
-                g_rows[i] += g.sum(1, dtype=torch.float64)
-                g_cols[j] += g.sum(0, dtype=torch.float64)
+                g_rows[i] += g.sum(1)
+                g_cols[j] += g.sum(0)
             if lift is not None:
                 g = (g * lift).to(tiles.operand_dtype)
             if need_x:
@@ -248,33 +304,32 @@ def grad(
     return Grads(dx, dy, g_rows, g_cols, d_scale, row_sum)
 
 
-@dataclass(frozen=True)
-class _Coefficients:
-    """Those of the rows, or of the columns, of one tile."""
+class _Side(NamedTuple):
+    """The coefficients of the rows, or of the columns, of a block."""
 
     weight: Tensor  # (K, B)
-    lse: LogSumExp  # (K, B)
+    top: Tensor  # (K, B)
+    rest: Tensor  # (K, B)
     offset: Tensor | None  # (B,)
 
     @staticmethod
-    def of(weight: Tensor | None, lse: LogSumExp | None, offset: Tensor | None, block: slice) -> _Coefficients | None:
+    def of(weight: Tensor | None, lse: LogSumExp | None, offset: Tensor | None) -> _Side | None:
         if weight is None:
             return None
         # exp(s - inf) = 0: a row without pairs has no gradient, where exp(-inf - -inf) would be NaN.
-        top, rest = lse.top[:, block], lse.rest[:, block]
-        empty = top == -torch.inf
-        lse = LogSumExp(top.masked_fill(empty, torch.inf), rest.masked_fill(empty, 0.0))
-        return _Coefficients(weight[:, block], lse, None if offset is None else offset[block])
+        empty = lse.top == -torch.inf
+        return _Side(weight, lse.top.masked_fill(empty, torch.inf), lse.rest.masked_fill(empty, 0.0), offset)
+
+    def at(self, block: slice) -> _Side:
+        return _Side(*(None if v is None else v[..., block] for v in self))
+
+    def range(self, k: int) -> tuple[float, float]:
+        """The smallest and the largest log-sum-exp of class k. Only a CPU may look."""
+        lse = self.top[k] + self.rest[k]
+        return lse.min().item(), lse.masked_fill(lse == torch.inf, -torch.inf).max().item()
 
 
-def _coefficients(c: Softmax, p: Problem, i: slice, j: slice) -> tuple[_Coefficients, _Coefficients | None]:
-    row = _Coefficients.of(c.row_weight, c.row_lse, c.row_offset, i)
-    if not p.triangular:
-        return row, _Coefficients.of(c.col_weight, c.col_lse, c.col_offset, j)
-    return row, None if j.start == i.start else _Coefficients.of(c.row_weight, c.row_lse, c.row_offset, j)
-
-
-def _softmax_tile(s: Tensor, positive: Tensor | None, free: Tensor, row: _Coefficients, col: _Coefficients | None) -> Tensor:
+def _softmax_tile(s: Tensor, positive: Tensor | None, free: Tensor, row: _Side, col: _Side | None) -> Tensor:
     """G (BN, BM) of a tile of logits, which it overwrites."""
     if positive is None:
         return _weighted_exp(s, free, row, col, 0)
@@ -283,16 +338,16 @@ def _softmax_tile(s: Tensor, positive: Tensor | None, free: Tensor, row: _Coeffi
         g.sub_(row.offset[:, None])
     if col is not None and col.offset is not None:
         g.sub_(col.offset)
-    return torch.where(positive, g, _weighted_exp(s, torch.empty_like(s), row, col, 0))
+    return torch.where(positive, g, _weighted_exp(s, free, row, col, 0))
 
 
-def _weighted_exp(s: Tensor, free: Tensor, row: _Coefficients, col: _Coefficients | None, k: int) -> Tensor:
+def _weighted_exp(s: Tensor, free: Tensor, row: _Side, col: _Side | None, k: int) -> Tensor:
     """row.weight_i exp(s_ij - row.lse_i) + col.weight_j exp(s_ij - col.lse_j) of class k, (BN, BM), in place of s."""
-    top, rest, weight = row.lse.top[k], row.lse.rest[k], row.weight[k]  # (BN,)
+    top, rest, weight = row.top[k], row.rest[k], row.weight[k]  # (BN,)
     if col is None:
         return s.sub_(top[:, None]).exp_().mul_((weight * torch.exp(-rest))[:, None])
-    col_top, col_rest, col_weight = col.lse.top[k], col.lse.rest[k], col.weight[k]  # (BM,)
-    if s.device.type == "cpu" and (low := _common_shift(top + rest, col_top + col_rest)) is not None:
+    col_top, col_rest, col_weight = col.top[k], col.rest[k], col.weight[k]  # (BM,)
+    if s.device.type == "cpu" and (low := _common_shift(row.range(k), col.range(k))) is not None:
         a = (weight * torch.exp((low - top.double()) - rest)).to(s.dtype)
         b = (col_weight * torch.exp((low - col_top.double()) - col_rest)).to(s.dtype)
         return s.sub_(low).exp_().mul_(torch.add(a[:, None], b, out=free))
@@ -300,14 +355,10 @@ def _weighted_exp(s: Tensor, free: Tensor, row: _Coefficients, col: _Coefficient
     return s.sub_(col_top).sub_(col_rest).exp_().mul_(col_weight).add_(free)
 
 
-def _common_shift(row_lse: Tensor, col_lse: Tensor) -> Tensor | None:
-    """The smallest finite lse of a tile if all lie within _SPREAD of it: every logit of weight is as near."""
-    lse = torch.cat([row_lse, col_lse])
-    lse = lse[lse.isfinite()]
-    if not len(lse):
-        return None
-    low, high = lse.aminmax()
-    return low if high - low < _SPREAD else None
+def _common_shift(row: tuple[float, float], col: tuple[float, float]) -> float | None:
+    """The smallest lse of a tile if all lie within _SPREAD of it: every logit of weight is as near."""
+    low, high = min(row[0], col[0]), max(row[1], col[1])
+    return low if math.isfinite(low) and high - low < _SPREAD else None
 
 
 def _lift(c: Softmax | Sigmoid) -> Tensor:

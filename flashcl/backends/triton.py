@@ -59,10 +59,14 @@ def _arch(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def kept_elements(p: Problem) -> int:
+    return 0  # the tiles of S never leave the chip
+
+
 # ---- sweep ---------------------------------------------------------------------------------------------------------------
 
 
-def sweep(p: Problem, *, need_cols: bool, plan: Plan | None = None) -> Statistics:
+def sweep(p: Problem, *, need_cols: bool, keep: bool = False, plan: Plan | None = None) -> Statistics:
     plan = plan or Plan.of(p, "sweep2" if _many_vectors(p) else "sweep")
     p, program = _loadable(p), PROGRAMS[p.program]
     row = _no_pairs(p, len(p.x))  # (K, 2, N)
@@ -128,6 +132,7 @@ def grad(
     need_y: bool,
     need_bias: bool,
     need_scale: bool,
+    kept: Tensor | None = None,
     plan: Plan | None = None,
 ) -> Grads:
     if p.triangular and isinstance(c, Sigmoid):  # no loss asks for this: walk all of S
@@ -145,7 +150,7 @@ def grad(
 
     N, M, D = len(p.x), len(p.y), p.x.shape[1]
     dx, dy = zeros(need_x, N, D), zeros(need_y and not p.triangular, M, D)
-    totals = Sums(zeros(need_bias, N), zeros(need_bias, M), zeros(isinstance(c, Sigmoid), N), None)
+    totals = Sums(zeros(need_bias, N), zeros(need_bias, M), zeros(isinstance(c, Sigmoid), N), None, None)
     d_scale = torch.zeros((), dtype=torch.float64, device=p.x.device) if need_scale else None
     need_g = dx is not None or dy is not None
 
@@ -160,10 +165,11 @@ def grad(
             buffer = torch.empty(math.prod(shape), dtype=x.dtype, device=x.device) if buffer is None else buffer
             padded = buffer[: math.prod(shape)].view(shape)
         scaled = torch.empty(grad_kernels.grid(block, tile, diagonal), device=x.device) if need_scale else None
-        sums = _sums_of_tiles(totals, block, tile, scaled)
+        about = c.about if need_scale and isinstance(c, Softmax) else None
+        sums = _sums_of_tiles(totals, block, tile, scaled, about)
         grad_kernels.grad(x, y, block, _part(row, i), _part(col, j), padded, lift, nan, sums, program, diagonal, tile)
 
-        for total, part, at in zip(totals, sums, (i, j, i)):  # not of `scaled`, which is no line
+        for total, part, at in zip(totals, sums, (i, j, i)):  # not of the scale, which has no lines
             if total is not None:
                 total[at] += part.sum(0)[: at.stop - at.start]
         if need_scale:
@@ -221,13 +227,13 @@ def _part(side: Side | None, at: slice) -> Side | None:
     return Side(weight, lse, side.stride, offset)
 
 
-def _sums_of_tiles(totals: Sums, block: Block, tile: config.Tile, scaled: Tensor | None) -> Sums:
+def _sums_of_tiles(totals: Sums, block: Block, tile: config.Tile, scaled: Tensor | None, about: Tensor | None) -> Sums:
     """Room for the sums of every tile, of those that are wanted."""
     along_rows = triton.cdiv(block.M, tile.BM), _whole(block.N, tile.BN)
     along_cols = triton.cdiv(block.N, tile.BN), _whole(block.M, tile.BM)
     shapes = along_rows, along_cols, along_rows
     lines = (None if total is None else total.new_empty(shape) for total, shape in zip(totals, shapes))
-    return Sums(*lines, scaled)
+    return Sums(*lines, scaled, about)
 
 
 def _any_nan(row: Side, col: Side | None) -> Tensor:

@@ -111,9 +111,9 @@ class _LogSumExp(torch.autograd.Function):
         mean = _mean_logits(problem, pairs, positives)  # (N,) float64, or None
         if pairs.labels is not None:
             problem = replace(problem, center=mean.to(problem.stat_dtype))
-        s = ops.sweep(problem, need_cols=need_cols, backend=backend)
+        s = ops.sweep(problem, need_cols=need_cols, keep=any(ctx.needs_input_grad), backend=backend)
         col_top, col_rest = (None, None) if s.col is None else (s.col.top, s.col.rest)
-        ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.top, s.row.rest, col_top, col_rest)
+        ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.top, s.row.rest, col_top, col_rest, s.kept)
         ctx.pairs, ctx.backend = pairs, backend
         row, absent = s.row.value(), [s.row.top.new_empty(0) for _ in range(3)]
         col = absent[0] if s.col is None else s.col.value()[0]
@@ -127,15 +127,15 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_row, d_col, d_pos, d_gap):
         _first_order_only()
-        x, y, logit_scale, row_bias, col_bias, row_top, row_rest, col_top, col_rest = ctx.saved_tensors
+        x, y, logit_scale, row_bias, col_bias, row_top, row_rest, col_top, col_rest, kept = ctx.saved_tensors
         problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, ctx.pairs), ctx.pairs.positives()
         row, col = LogSumExp(row_top, row_rest), None if col_top is None else LogSumExp(col_top, col_rest)
         d_row, d_col, d_pos, d_gap = (d.to(problem.stat_dtype) for d in (d_row, d_col, d_pos, d_gap))
         if ctx.pairs.labels is None:
-            c = Softmax(d_row[None], row, None if col is None else d_col[None], col)
+            c = Softmax(d_row[None], row, None if col is None else d_col[None], col, about=_mean_product(problem))
         else:
-            c = _softmax_with_labels(d_row, d_pos, d_gap, row, positives)
-        g = _gradients(problem, c, positives, d_pos, ctx.needs_input_grad[:5], ctx.backend)
+            c = _softmax_with_labels(d_row, d_pos, d_gap, row, positives, _mean_product(problem))
+        g = _gradients(problem, c, positives, d_pos, ctx.needs_input_grad[:5], ctx.backend, kept)
         return _as(x, g.dx), _as(x, g.dy), g.d_scale, g.d_row_bias, g.d_col_bias, None, None, None
 
 
@@ -151,7 +151,7 @@ def _mean_logits(p: Problem, pairs: Pairs, positives: Partner | SameLabel | None
     return mean
 
 
-def _softmax_with_labels(d_row: Tensor, d_pos: Tensor, d_gap: Tensor, row: LogSumExp, labels: SameLabel) -> Softmax:
+def _softmax_with_labels(d_row: Tensor, d_pos: Tensor, d_gap: Tensor, row: LogSumExp, labels: SameLabel, about: Tensor) -> Softmax:
     """Upstream gradients as coefficients of G, where the positives of a row have a softmax q_ij of their own.
 
         d_pos q_ij + d_gap (q_ij - 1/|P|)  =  (d_pos + d_gap) (q_ij - 1/|P|)  +  d_pos / |P|
@@ -162,7 +162,13 @@ def _softmax_with_labels(d_row: Tensor, d_pos: Tensor, d_gap: Tensor, row: LogSu
     has_positive = labels.count > 0
     weight = torch.where(has_positive, d_pos + d_gap, 0.0)
     offset = torch.where(has_positive, weight / labels.count, 0.0)
-    return Softmax(torch.stack([d_row, weight]), row, row_offset=offset)
+    return Softmax(torch.stack([d_row, weight]), row, row_offset=offset, about=about)
+
+
+def _mean_product(p: Problem) -> Tensor:
+    """The mean of <x_i, y_j> over all pairs, (1,) statistic dtype."""
+    mean_x, mean_y = (v.mean(0, dtype=p.stat_dtype) for v in (p.x, p.y))
+    return (mean_x * mean_y).sum(0, keepdim=True)
 
 
 class _SoftplusSum(torch.autograd.Function):
@@ -216,19 +222,25 @@ def _gradients(
     d_pos: Tensor,  # (N,) what reaches the mean positive logit of each row
     needs: tuple[bool, ...],  # x, y, logit_scale, row_bias, col_bias
     backend: str,
+    kept: Tensor | None = None,
 ) -> _Gradients:
     need_x, need_y, need_scale, need_row_bias, need_col_bias = needs
     need_bias = need_row_bias or need_col_bias
-    g = ops.grad(p, c, need_x=need_x, need_y=need_y, need_bias=need_bias, need_scale=need_scale, backend=backend)
+    needed = dict(need_x=need_x, need_y=need_y, need_bias=need_bias, need_scale=need_scale)
+    g = ops.grad(p, c, **needed, kept=kept, backend=backend)
     d_scale, d_row_bias, d_col_bias = g.d_scale, g.g_rows, g.g_cols
+    # Negatives pull one way what positives pull the other: about their common mean little is left to cancel.
+    about = c.about.double() if need_scale and isinstance(c, Softmax) else 0.0
     if positives is not None:
         positives.add_gradients_(g.dx, g.dx if p.triangular else g.dy, p.x, p.y, d_pos)
         if need_scale:
-            d_scale = d_scale + (d_pos * positives.mean_logits(p.x, p.y)).sum()
+            d_scale = d_scale + (d_pos * (positives.mean_logits(p.x, p.y) - about)).sum()
         if need_row_bias:
             d_row_bias = d_row_bias + d_pos
         if need_col_bias:
             d_col_bias = d_col_bias.index_add(0, positives.index, d_pos)
+    if need_scale and isinstance(c, Softmax):
+        d_scale = d_scale + about * (c.total() + (0.0 if positives is None else d_pos.double().sum()))
     return _Gradients(
         g.dx.mul_(p.logit_scale) if need_x else None,
         g.dy.mul_(p.logit_scale) if g.dy is not None else None,

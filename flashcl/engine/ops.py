@@ -16,14 +16,17 @@ from flashcl.engine import dispatch
 from flashcl.engine.problem import CLASSES, Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
 
 
-def sweep(problem: Problem, *, need_cols: bool, backend: str) -> Statistics:
+def sweep(problem: Problem, *, need_cols: bool, keep: bool, backend: str) -> Statistics:
     """`problem.py` says what comes back."""
-    row_top, row_rest, col_top, col_rest, deviation = _sweep(*_unpack(problem), problem.center, need_cols, backend)
+    row_top, row_rest, col_top, col_rest, deviation, kept = _sweep(
+        *_unpack(problem), problem.center, need_cols, keep, backend
+    )
     has_cols = need_cols and not problem.triangular
     return Statistics(
         LogSumExp(row_top, row_rest),
         LogSumExp(col_top, col_rest) if has_cols else None,
         None if problem.center is None else deviation,
+        kept if keep else None,
     )
 
 
@@ -40,16 +43,17 @@ def grad(
     need_y: bool,
     need_bias: bool,
     need_scale: bool,
+    kept: Tensor | None = None,
     backend: str,
 ) -> Grads:
     """`problem.py` says what comes back."""
     if isinstance(c, Sigmoid):
-        vectors = [c.row_weight] + [None] * 7
+        vectors = [c.row_weight] + [None] * 8
     else:
         row, col = ([None, None] if lse is None else [lse.top, lse.rest] for lse in (c.row_lse, c.col_lse))
-        vectors = [c.row_weight, *row, c.col_weight, *col, c.row_offset, c.col_offset]
+        vectors = [c.row_weight, *row, c.col_weight, *col, c.row_offset, c.col_offset, c.about]
     needs = (need_x, need_y, need_bias, need_scale)
-    dx, dy, g_rows, g_cols, d_scale, row_sum = _grad(*_unpack(problem), *vectors, *needs, backend)
+    dx, dy, g_rows, g_cols, d_scale, row_sum = _grad(*_unpack(problem), *vectors, kept, *needs, backend)
     return Grads(
         dx if need_x else None,
         dy if need_y and not problem.triangular else None,
@@ -81,20 +85,23 @@ def _sweep(
     cols: list[Tensor],
     center: Tensor | None,
     need_cols: bool,
+    keep: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center)
-    s = dispatch.load(backend).sweep(problem, need_cols=need_cols)
+    s = dispatch.load(backend).sweep(problem, need_cols=need_cols, keep=keep)
     col = (None, None) if s.col is None else (s.col.top, s.col.rest)
-    return _present(s.row.top, s.row.rest, *col, s.deviation, like=logit_scale)
+    return _present(s.row.top, s.row.rest, *col, s.deviation, s.kept, like=logit_scale)
 
 
 @_sweep.register_fake
-def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center, need_cols, backend):
+def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center, need_cols, keep, backend):
     new, k, has_cols = logit_scale.new_empty, CLASSES[program], need_cols and y is not None
     row, col = (k, x.shape[0]), (k, y.shape[0]) if has_cols else (0,)
     deviation = new(0) if center is None else new(x.shape[0], dtype=torch.float64)
-    return new(row), new(row), new(col), new(col), deviation
+    problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center)
+    kept = dispatch.load(backend).kept_elements(problem) if keep else 0
+    return new(row), new(row), new(col), new(col), deviation, new(kept)
 
 
 @torch.library.custom_op("flashcl::sweep_softplus", mutates_args=())
@@ -136,6 +143,8 @@ def _grad(
     col_rest: Tensor | None,
     row_offset: Tensor | None,
     col_offset: Tensor | None,
+    about: Tensor | None,
+    kept: Tensor | None,
     need_x: bool,
     need_y: bool,
     need_bias: bool,
@@ -147,15 +156,15 @@ def _grad(
         c = Sigmoid(row_weight)
     else:
         col_lse = None if col_top is None else LogSumExp(col_top, col_rest)
-        c = Softmax(row_weight, LogSumExp(row_top, row_rest), col_weight, col_lse, row_offset, col_offset)
+        c = Softmax(row_weight, LogSumExp(row_top, row_rest), col_weight, col_lse, row_offset, col_offset, about)
     needs = dict(need_x=need_x, need_y=need_y, need_bias=need_bias, need_scale=need_scale)
-    g = dispatch.load(backend).grad(problem, c, **needs)
+    g = dispatch.load(backend).grad(problem, c, kept=kept, **needs)
     return _present(g.dx, g.dy, g.g_rows, g.g_cols, g.d_scale, g.row_sum, like=logit_scale)
 
 
 @_grad.register_fake
 def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_top, row_rest, col_weight, col_top,
-      col_rest, row_offset, col_offset, need_x, need_y, need_bias, need_scale, backend):  # fmt: skip
+      col_rest, row_offset, col_offset, about, kept, need_x, need_y, need_bias, need_scale, backend):  # fmt: skip
     new = logit_scale.new_empty
     return (
         new(x.shape if need_x else 0),

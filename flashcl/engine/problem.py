@@ -87,6 +87,7 @@ class Statistics:
     row: LogSumExp  # over the pairs of each row (K, N)
     col: LogSumExp | None  # of each column (K, M); None where not asked for, and of a triangular problem: it is `row`
     deviation: Tensor | None = None  # (N,) float64: sum_j (s_ij - center_i) over the positives, if there is a center
+    kept: Tensor | None = None  # (kept_elements,) stat_dtype: what this backend would compute again in `grad`
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,14 @@ class Softmax:
     col_lse: LogSumExp | None = None  # (K, M)
     row_offset: Tensor | None = None  # (N,), only with K = 2
     col_offset: Tensor | None = None  # (M,)
+    about: Tensor | None = None  # (1,) stat_dtype: the product that d_scale is taken about
+
+    def total(self) -> Tensor:
+        """sum_ij G_ij, () float64: each exp(s - lse) sums to 1, and the offsets cancel the positives."""
+        total = self.row_weight[0].double().where(self.row_lse.top[0] != -torch.inf, 0.0).sum()
+        if self.col_weight is not None:
+            total = total + self.col_weight[0].double().where(self.col_lse.top[0] != -torch.inf, 0.0).sum()
+        return total
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,7 @@ class Grads:
     dy: Tensor | None  # (M, D) stat_dtype: sum_i G_ij x_i; None of a triangular problem
     g_rows: Tensor | None = None  # (N,) stat_dtype: sum_j G_ij
     g_cols: Tensor | None = None  # (M,) stat_dtype: sum_i G_ij
-    d_scale: Tensor | None = None  # () float64: sum_ij G_ij <x_i, y_j>, of G before it is rounded to 16 bits
+    d_scale: Tensor | None = None  # () float64: sum_ij G_ij (<x_i, y_j> - about), of G before it is rounded to 16 bits
     row_sum: Tensor | None = None  # (N,) stat_dtype: sum_j row_weight[i] softplus(s_ij), with Sigmoid coefficients
 
 
@@ -132,10 +141,12 @@ class Grads:
 #
 #   unusable(device: torch.device, dtype: torch.dtype) -> str | None
 #       why this backend cannot serve such tensors here, or None
-#   sweep(problem: Problem, *, need_cols: bool) -> Statistics
+#   kept_elements(problem: Problem) -> int
+#       how much a sweep leaves for the backward: bounded, whatever N and M; from the sizes alone
+#   sweep(problem: Problem, *, need_cols: bool, keep: bool) -> Statistics
 #       log-sum-exps of every class along the rows and along the columns
 #   sweep_softplus(problem: Problem) -> Tensor
 #       (N,) stat_dtype: sum_j softplus(s_ij)
 #   grad(problem: Problem, coefficients: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_bias: bool,
-#        need_scale: bool) -> Grads
-#       of a triangular problem need_x asks for the whole gradient
+#        need_scale: bool, kept: Tensor | None) -> Grads
+#       of a triangular problem need_x asks for the whole gradient; `kept` is what a sweep of the same problem left
