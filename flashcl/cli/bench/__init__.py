@@ -1,0 +1,179 @@
+"""`flashcl bench`: every loss beside the other implementations that are installed, in one run on one machine."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+import warnings
+from dataclasses import astuple
+from pathlib import Path
+
+import torch
+
+from flashcl.cli.bench import machine, measure, results
+from flashcl.cli.bench.providers import PROVIDERS
+from flashcl.cli.bench.results import Results
+from flashcl.cli.bench.suites import LOSSES, MODES, SUITES, Workload, grid, part
+from flashcl.cli.info import default_device
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="time, memory and correctness of every loss beside the other implementations that are installed",
+        description="Measures losses x N x D x dtype, forward, backward and both, for every provider that is installed. Each "
+        "must first be right against float64. Results are printed as they come; --out keeps them, also on Ctrl-C.",
+    )
+    parser.add_argument("--suite", choices=SUITES, default="quick", help="which workloads (default: quick)")
+    own = parser.add_argument_group("workloads of your own: any of these takes the place of --suite; commas separate")
+    own.add_argument("--loss", type=_names(LOSSES), help=", ".join(LOSSES))
+    own.add_argument("--n", type=_sizes, help="rows of the logits; a:b doubles from a to b")
+    own.add_argument("--d", type=_sizes, help="width of the embeddings")
+    own.add_argument("--dtype", type=_names(DTYPES), help=", ".join(DTYPES))
+    parser.add_argument("--mode", type=_names(MODES), default=MODES, help=f"{', '.join(MODES)} (default: all)")
+    parser.add_argument("--provider", type=_names(PROVIDERS), default=tuple(PROVIDERS), help=", ".join(PROVIDERS))
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--seconds", type=float, default=1.0, help="to time each provider at each workload (default: 1)")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="results as JSON, and as CSV beside it")
+    parser.add_argument("--resume", action="store_true", help="keep what --out has, and measure only what is missing")
+    parser.add_argument("--part", type=_share, default=(1, 1), metavar="K/N", help="the K-th of N shares of the workloads")
+    parser.add_argument("--time-limit", type=float, metavar="S", help="begin no workload after S seconds")
+    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say what changed since then")
+    parser.add_argument("--fail-if-regression", action="store_true", help="exit code 1 if --compare finds one")
+    parser.set_defaults(run=run)
+
+
+def _names(known):
+    def parse(text: str) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in text.split(","))
+        if unknown := [name for name in names if name not in known]:
+            raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+        return names
+
+    return parse
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    sizes = []
+    for item in text.split(","):
+        first, _, last = item.partition(":")
+        size = int(first)
+        if size < 1:
+            raise argparse.ArgumentTypeError(f"expected sizes of at least 1, got {item}")
+        while size <= int(last or first):
+            sizes.append(size)
+            size *= 2
+    return tuple(sizes)
+
+
+def _share(text: str) -> tuple[int, int]:
+    k, n = (int(number) for number in text.split("/"))
+    if not 1 <= k <= n:
+        raise argparse.ArgumentTypeError(f"expected K/N with 1 <= K <= N, got {text}")
+    return k, n
+
+
+def run(args) -> int:
+    if args.fail_if_regression and not args.compare or args.resume and not args.out:
+        print("--fail-if-regression needs --compare, --resume needs --out", file=sys.stderr)
+        return 2
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("--device cuda: torch finds no CUDA GPU here", file=sys.stderr)
+        return 2
+    device = default_device() if args.device == "auto" else torch.device(args.device)
+    old = Results.load(args.compare) if args.compare else None
+    found = _begin(args, device)
+    code = _measure_all(args, device, found)
+    for line in results.skipped(found.rows):
+        print(f"skipped: {line}")
+    return code or (_compare(found, old, args.fail_if_regression) if old else 0)
+
+
+def workloads(args) -> list[Workload]:
+    if not (args.loss or args.n or args.d or args.dtype):
+        return part(SUITES[args.suite], *args.part)
+    sizes = args.loss or LOSSES[:1], args.n or (4096,), args.d or (512,), args.dtype or ("float32",)
+    return part(grid(*sizes), *args.part)
+
+
+def _begin(args, device: torch.device) -> Results:
+    """New results, or with --resume those of the same machine, commit and versions."""
+    found = Results(machine.environment(device))
+    if args.resume and args.out.exists():
+        before = Results.load(args.out)
+        if all(before.environment.get(k) == v for k, v in found.environment.items() if k not in machine.OF_ONE_RUN):
+            found.rows = before.rows
+        else:
+            print(f"{args.out} is of another machine, commit or version: beginning anew", file=sys.stderr)
+    print(*(f"{k}: {v}" for k, v in found.environment.items() if v != "none"), sep="\n")
+    bandwidth = machine.copy_bandwidth(machine.Clock(device), device)
+    found.environment["copy_gb_per_s"] = bandwidth / 1e9
+    print(f"copy bandwidth: {bandwidth / 1e9:,.4g} GB/s, read and written")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        found.save(args.out)
+    return found
+
+
+def _measure_all(args, device: torch.device, found: Results) -> int:
+    """Measures, prints and saves one workload after the other; the exit code."""
+    warnings.filterwarnings("ignore", module="torch")  # what torch.compile says of itself
+    done = {row.key for row in found.rows}
+    asked = list(itertools.product(args.mode, args.provider))
+    jobs = [w for w in workloads(args) if not {(*astuple(w), *pair) for pair in asked} <= done]
+    started = time.monotonic()
+    for k, work in enumerate(jobs):
+        if args.time_limit and time.monotonic() - started > args.time_limit:
+            print(f"time limit: {len(jobs) - k} workloads are left for --resume", file=sys.stderr)
+            return 3
+        report = Progress(f"[{k + 1}/{len(jobs)}] {work}")
+        try:
+            rows = measure.measure(work, args.provider, device, args.mode, args.seconds, report)
+        except KeyboardInterrupt:
+            kept = f"; {args.out} has {k} of {len(jobs)} workloads" if args.out else ""
+            print(f"\ninterrupted{kept}", file=sys.stderr)
+            return 130
+        report.end()
+        found.add(rows)
+        if args.out:
+            found.save(args.out)
+        print(f"\n{results.show(rows)}", flush=True)
+        if measure.broke_the_device(rows):
+            print("a provider broke the CUDA context of this process: go on with --resume", file=sys.stderr)
+            return 3
+    return 0
+
+
+def _compare(new: Results, old: Results, strict: bool) -> int:
+    try:
+        changes = results.compare(new, old)
+    except results.NotComparable as reason:
+        print(f"no comparison: {reason}", file=sys.stderr)
+        return 2
+    print(f"\nsince {old.environment['commit']}, {old.environment['date']}:")
+    print(*(change.text for change in changes), sep="\n")
+    regressions = sum(change.regression for change in changes)
+    print(f"{regressions} regressions in {len(changes)} measurements")
+    return 1 if strict and regressions else 0
+
+
+class Progress:
+    """What is being done now, on stderr: on a terminal in one line, else one line for each workload."""
+
+    def __init__(self, title: str):
+        self.title, self.terminal = title, sys.stderr.isatty()
+        self.start = time.monotonic()
+        if not self.terminal:
+            print(title, file=sys.stderr, flush=True)
+
+    def __call__(self, doing: str) -> None:
+        if self.terminal:
+            print(f"\r\033[K{self.title}: {doing}", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.terminal:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,178 @@
+"""The truth that every provider is held against: value and gradients in float64, block by block, from formulas of their own.
+
+Nothing here is shared with flashcl or with `flashcl.reference`, and no N x N matrix is stored. Where the gradients of all rows
+would take too long, those of a sample of rows are computed, each still over all of its pairs; where one pass over all
+pairs in float64 would, it runs in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flashcl.cli.bench.suites import Workload
+from flashcl.contract import Case
+
+AFFORDABLE_FLOPS = {"cuda": 3e14, "cpu": 5e11}  # some seconds
+BLOCK_BYTES = {"cuda": 2**29, "cpu": 2**26}
+SAMPLED_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Exact:
+    """`values` is what `measure.evaluate` returns, at `rows` of the matrices (None: at all of them)."""
+
+    what: str  # in words, for the reader of the results
+    values: dict[str, Tensor]
+    rows: dict[str, Tensor]
+    magnitudes: dict[str, float]  # of the sums that may cancel: the sum of their terms without the signs
+
+    def errors(self, out: dict[str, Tensor]) -> dict[str, float]:
+        """Relative L2 errors of the quantities that are in both."""
+        found = {}
+        for name, value in self.values.items():
+            if name in out:
+                mine = out[name][self.rows[name]] if name in self.rows else out[name]
+                size = self.magnitudes.get(name) or value.norm().item()
+                error = (mine.to(value.dtype) - value).norm().item() / size
+                found[name] = error if error == error else float("inf")
+        return found
+
+
+def exact(work: Workload, case: Case, affordable: float | None = None) -> Exact:
+    affordable = affordable or AFFORDABLE_FLOPS[case.device.type]
+    dtype = torch.float64 if 2.0 * work.n**2 * work.d <= affordable else torch.float32
+    logits = _Logits(work, case, dtype)
+    value = logits.value()
+    if 8.0 * work.n**2 * work.d <= affordable:
+        rows, what = torch.arange(work.n, device=case.device), f"{dtype}, all gradients"
+        gradients, magnitudes = logits.all_gradients()
+    else:
+        rows, what = _spread(work.n, case.device), f"{dtype}, gradients of {SAMPLED_ROWS} rows"
+        gradients, magnitudes = logits.gradients_of(rows), {}
+    values = dict(value=value) | _by_argument(case, gradients, rows)
+    indices = _rows_by_argument(case, rows)
+    return Exact(what.removeprefix("torch."), values, {k: v for k, v in indices.items() if k in values}, magnitudes)
+
+
+def _spread(n: int, device) -> Tensor:
+    """A sample that holds the first and the last row, and as many of each half: nt_xent has its views there."""
+    return torch.linspace(0, n - 1, SAMPLED_ROWS, dtype=torch.float64, device=device).round().long()
+
+
+def _matrices(case: Case) -> list[str]:
+    return [name for name, v in case.tensors.items() if v.dim() == 2]
+
+
+def _by_argument(case: Case, gradients: dict[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    """From gradients of the two sides of S and of the scale to gradients of the arguments of the loss."""
+    names = _matrices(case)
+    if case.function in ("nt_xent", "sup_con"):  # both sides are z
+        dz = gradients["x"] + gradients["y"]
+        first = rows < len(case.tensors[names[0]])
+        matrices = [dz[first], dz[~first]][: len(names)]
+    else:
+        matrices = [gradients["x"], gradients["y"]]
+    found = dict(zip((f"grad {name}" for name in names), matrices))
+    if "scale" in gradients:
+        for name in ("logit_scale", "temperature", "logit_bias"):
+            if name in case.tensors:
+                found[f"grad {name}"] = gradients[{"logit_bias": "bias"}.get(name, "scale")]
+        if "temperature" in case.tensors:  # scale = 1 / temperature
+            found["grad temperature"] = -found["grad temperature"] / case.tensors["temperature"].to(dz.dtype) ** 2
+    return found
+
+
+def _rows_by_argument(case: Case, rows: Tensor) -> dict[str, Tensor]:
+    names = _matrices(case)
+    if case.function in ("nt_xent", "sup_con"):
+        half = len(case.tensors[names[0]])
+        return dict(zip((f"grad {name}" for name in names), [rows[rows < half], rows[rows >= half] - half]))
+    return {f"grad {name}": rows for name in names}
+
+
+class _Logits:
+    """S of one loss, any block of it, and what the loss makes of it; I and J are indices of rows and of columns."""
+
+    def __init__(self, work: Workload, case: Case, dtype: torch.dtype):
+        self.loss, self.n, self.device = work.loss, work.n, case.device
+        self.own = case.function in ("nt_xent", "sup_con")  # S is of one set with itself, without the diagonal
+        matrices = [case.tensors[name].to(dtype) for name in _matrices(case)]
+        self.x, self.y = [torch.cat(matrices)] * 2 if self.own else matrices
+        named = {name: v.to(dtype) for name, v in case.tensors.items() if v.dim() == 0}
+        self.scale = named["logit_scale"] if "logit_scale" in named else 1 / named["temperature"]
+        self.bias = named.get("logit_bias", 0)
+        self.all = torch.arange(self.n, device=self.device)
+        self.labels = case.options.get("labels")
+        if self.loss == "sup_con":
+            self.positives = self.labels.bincount()[self.labels] - 1
+            self.anchors = (self.positives > 0).sum().clamp(min=1)
+        self.block = max(1, BLOCK_BYTES[self.device.type] // (self.n * dtype.itemsize))
+
+    def s(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """(logits, cosines) of a block."""
+        cosines = self.x[i] @ self.y[j].T
+        s = self.scale * cosines + self.bias
+        return s.masked_fill_(i[:, None] == j, -torch.inf) if self.own else s, cosines
+
+    def targets(self, i: Tensor, j: Tensor) -> Tensor:
+        """How the weight of row i is spread over its positives."""
+        if self.loss == "sup_con":
+            same = (self.labels[i][:, None] == self.labels[j]) & (i[:, None] != j)
+            return same / self.positives[i].clamp(min=1)[:, None].to(self.x.dtype)
+        partner = (i + self.n // 2) % self.n if self.loss == "nt_xent" else i
+        return (partner[:, None] == j).to(self.x.dtype)
+
+    def value(self) -> Tensor:
+        """The loss; keeps the log-sum-exps of rows and columns for the gradients."""
+        self.row_lse = torch.empty(self.n, dtype=self.x.dtype, device=self.device)
+        self.col_lse = torch.full_like(self.row_lse, -torch.inf)
+        total = self.x.new_zeros(())
+        for i in self.all.split(self.block):
+            s, _ = self.s(i, self.all)
+            target = self.targets(i, self.all)
+            if self.loss == "siglip":
+                total += torch.nn.functional.softplus(s, threshold=1000).sum() - (s * target).sum()
+                continue
+            self.row_lse[i] = s.logsumexp(1)
+            positive = (torch.where(target > 0, s, 0) * target).sum(1)
+            loss = self.row_lse[i] - positive
+            total += (loss * (self.positives[i] > 0)).sum() if self.loss == "sup_con" else loss.sum()
+            if self.loss == "info_nce":
+                self.col_lse = torch.logaddexp(self.col_lse, s.logsumexp(0))
+                total -= positive.sum()
+        if self.loss == "info_nce":
+            return (total + self.col_lse.sum()) / (2 * self.n)
+        return total / (self.anchors if self.loss == "sup_con" else self.n)
+
+    def g(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
+        """(gradient of the loss with respect to a block of S, cosines)."""
+        s, cosines = self.s(i, j)
+        if self.loss == "siglip":
+            return (s.sigmoid() - self.targets(i, j)) / self.n, cosines
+        g = (s - self.row_lse[i][:, None]).exp_() - self.targets(i, j)
+        if self.loss == "sup_con":
+            return g * (self.positives[i] > 0)[:, None] / self.anchors, cosines
+        if self.loss == "info_nce":
+            g = (g + (s - self.col_lse[j]).exp_() - self.targets(i, j)) / 2
+        return g / self.n, cosines
+
+    def all_gradients(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        dx, dy = torch.empty_like(self.x), torch.zeros_like(self.y)
+        terms = torch.zeros(4, dtype=self.x.dtype, device=self.device)  # of scale and bias, signed and not
+        for i in self.all.split(self.block):
+            g, cosines = self.g(i, self.all)
+            dx[i] = self.scale * (g @ self.y)
+            dy += self.scale * (g.T @ self.x[i])
+            terms += torch.stack([(g * cosines).sum(), g.sum(), (g * cosines).abs().sum(), g.abs().sum()])
+        scale, bias, of_scale, of_bias = terms
+        magnitudes = {"grad logit_scale": of_scale, "grad temperature": of_scale * self.scale**2, "grad logit_bias": of_bias}
+        return dict(x=dx, y=dy, scale=scale, bias=bias), {name: v.item() for name, v in magnitudes.items()}
+
+    def gradients_of(self, rows: Tensor) -> dict[str, Tensor]:
+        return dict(
+            x=self.scale * torch.cat([self.g(i, self.all)[0] @ self.y for i in rows.split(self.block)]),
+            y=self.scale * torch.cat([self.g(self.all, j)[0].T @ self.x for j in rows.split(self.block)]),
+        )

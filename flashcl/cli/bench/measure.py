@@ -1,0 +1,273 @@
+"""How one workload is measured: every provider's answer first, then its memory, then the time of all that are right.
+
+A provider that is missing, wrong, too large or broken is a result with that status and a reason, and gets no time. The
+others take turns, round after round, so that what else happens on a machine falls on all of them.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flashcl.cli import memory
+from flashcl.cli.bench import machine
+from flashcl.cli.bench.exact import Exact, exact
+from flashcl.cli.bench.providers import PROVIDERS, Loss, Unavailable
+from flashcl.cli.bench.results import Row
+from flashcl.cli.bench.suites import Workload
+from flashcl.contract import Case
+
+# Relative L2 error of (the value, a gradient) from which on a provider computes something else. Wide enough for dense
+# formulas that round every logit to 16 bits and for TF32 products; how exact each is stands in the results.
+# `flashcl check` is the strict test.
+TOLERANCE = {
+    "float64": (1e-9, 1e-7),
+    "float32": (1e-4, 5e-3),
+    "float16": (5e-3, 2e-2),
+    "bfloat16": (2e-2, 5e-2),
+}
+FEWEST, MOST = 3, 100  # rounds
+# CUDA, PyTorch's allocator on a CPU, Python, C++
+OUT_OF_MEMORY = ("CUDA out of memory", "can't allocate memory", "MemoryError", "std::bad_alloc")
+Report = Callable[[str], None]
+
+
+@dataclass
+class Candidate:
+    """One provider at one workload, as far as it has come."""
+
+    name: str
+    loss: Loss | None = None
+    status: str = "ok"
+    note: str = ""
+    error: float | None = None  # the worst of its value and gradients
+    extra_bytes: int | None = None
+
+    def drop(self, error: BaseException) -> None:
+        self.status, self.note = _verdict(error)
+        self.loss = None
+
+
+def measure(
+    work: Workload, names: Iterable[str], device: torch.device, modes: Iterable[str], seconds: float, report: Report
+) -> list[Row]:
+    case = work.inputs(device)
+    candidates = [_prepare(name, work, case) for name in names]
+    here = [c for c in candidates if c.loss]
+    if not here:
+        return [_row(work, c, mode) for c in candidates for mode in modes]
+    report("the exact answer")
+    truth = exact(work, case)
+    for c in here:
+        report(f"{c.name}: memory and correctness")
+        try:
+            if device.type == "cpu":  # first, in a process that may run out of memory in our place
+                c.extra_bytes = _peak_in_fresh_process(work, c.name)
+            judge(c, evaluate(c.loss, case), truth, work.dtype)
+            if device.type == "cuda" and c.loss:
+                c.extra_bytes = _peak_on_gpu(c.loss, case)
+        except Exception as error:
+            c.drop(error)
+        _release(device)
+    report(f"time of {', '.join(c.name for c in here if c.loss) or 'none'}")
+    times, rate = time_in_turns([c for c in here if c.loss], work, case, modes, seconds)
+    return [_row(work, c, mode, times.get((c.name, mode)), rate, truth) for c in candidates for mode in modes]
+
+
+def _prepare(name: str, work: Workload, case: Case) -> Candidate:
+    c = Candidate(name)
+    try:
+        c.loss = PROVIDERS[name](work, case)
+    except Exception as error:
+        c.drop(error)
+    return c
+
+
+def _verdict(error: BaseException) -> tuple[str, str]:
+    """(status, reason). Only text is kept: an exception holds on to the tensors of its frames."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, Unavailable):
+        return "skipped", text
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in OUT_OF_MEMORY):
+        return "oom", ""
+    return "failed", f"{type(error).__name__}: {text}"[:200]
+
+
+def broke_the_device(rows: list[Row]) -> bool:
+    """After an illegal access, every later call of this process fails as well."""
+    return any(row.status == "failed" and "CUDA error" in row.note for row in rows)
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# ---- the answer ------------------------------------------------------------------------------------------------------
+
+
+def evaluate(loss: Loss, case: Case) -> dict[str, Tensor]:
+    """{"value": ..., "grad x": ...}, without the gradients that a provider does not have."""
+    leaves = {name: v.detach().clone().requires_grad_() for name, v in case.tensors.items()}
+    value, gradients = step(loss, leaves)
+    named = {f"grad {name}": g for name, g in zip(leaves, gradients) if g is not None}
+    return dict(value=value.detach()) | named
+
+
+def step(loss: Loss, leaves: dict[str, Tensor]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    value = loss(**leaves)
+    return value, torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+
+
+def judge(c: Candidate, out: dict[str, Tensor], truth: Exact, dtype: str) -> None:
+    """Gradients of embeddings must be there and right; a scale or bias may have none, which is noted."""
+    errors = truth.errors(out)
+    c.error = max(errors.values())
+    for_value, for_gradients = TOLERANCE[dtype]
+    wrong = [f"{k} {e:.1e}" for k, e in errors.items() if not e <= (for_value if k == "value" else for_gradients)]
+    missing = [k for k in truth.values if k not in out]
+    wrong += [f"no {k}" for k in missing if truth.values[k].dim()]
+    if wrong:
+        allowed = f"{for_value:.0e} for the value, {for_gradients:.0e} for gradients"
+        c.status, c.note, c.loss = "wrong", f"relative error of {', '.join(wrong)} against {truth.what}; allowed: {allowed}", None
+    elif missing:
+        c.note = f"no {', no '.join(missing)}"
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+def _peak_on_gpu(loss: Loss, case: Case) -> int:
+    """Bytes that forward and backward held at most beyond the inputs, the gradients among them."""
+    leaves = {name: v.detach().clone().requires_grad_() for name, v in case.tensors.items()}
+    _release(case.device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step(loss, leaves)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_in_fresh_process(work: Workload, name: str, limit: int | None = None) -> int:
+    """The same on a CPU: the peak resident set of a process that does nothing else and may not take more than is free."""
+    job = dict(work=asdict(work), name=name, limit=limit or int(0.9 * memory.available(torch.device("cpu"))))
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        # glibc: every tensor gets pages of its own, given back when it is freed: the resident set is what is alive
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
+    command = [sys.executable, "-c", "from flashcl.cli.bench import measure; measure.child()", json.dumps(job)]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    last = (process.stdout.splitlines() or [""])[-1]
+    if process.returncode == 0 and last.isdigit():
+        return int(last)
+    if process.returncode == -9 or any(sign in process.stderr for sign in OUT_OF_MEMORY):  # -9: the system ended it
+        raise MemoryError
+    raise RuntimeError((process.stderr.splitlines() or [f"ended with code {process.returncode}"])[-1])
+
+
+def child() -> None:
+    """The measuring process: takes a job as JSON, prints bytes."""
+    job = json.loads(sys.argv[1])
+    work, device = Workload(**job["work"]), torch.device("cpu")
+    case = work.inputs(device)
+    loss = PROVIDERS[job["name"]](work, case)
+    leaves = {name: v.detach().clone().requires_grad_() for name, v in case.tensors.items()}
+    resource.setrlimit(resource.RLIMIT_DATA, (memory._status("VmData") + job["limit"],) * 2)
+    step(loss, leaves)  # starts threads and libraries, which stay, and compiles
+    before = memory._reset_peak(device)
+    step(loss, leaves)
+    print(max(0, memory._read_peak(device) - before))
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
+def time_in_turns(
+    right: list[Candidate], work: Workload, case: Case, modes: Iterable[str], seconds: float
+) -> tuple[dict[tuple[str, str], list[float]], float]:
+    """({(provider, mode): milliseconds}, FLOP/s of the matrix products). About `seconds` are spent on each provider,
+    within FEWEST and MOST rounds of all."""
+    clock = machine.Clock(case.device)
+    products = machine.Products(work, clock, case.device)
+    leaves = {name: v.detach().clone().requires_grad_() for name, v in case.tensors.items()}
+    turns = {c.name: partial(_run_once, c.loss, leaves, clock, modes) for c in right}
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    rounds, done = FEWEST + 1, 0
+    while done < rounds:
+        start, marks = clock.mark(), dict(matrix=products())
+        for c in right:
+            if c.name in turns:
+                try:
+                    marks[c.name] = turns[c.name]()
+                except Exception as error:  # memory that a provider had alone and does not have beside the others
+                    c.drop(error)
+                    del turns[c.name]
+                    _release(case.device)
+        end = clock.mark()
+        clock.wait()
+        done += 1
+        if done == 1:  # it warms up
+            continue
+        for name, by_mode in marks.items():
+            for mode, pair in by_mode.items():
+                times[name, mode].append(clock.between(*pair))
+        if done == 2:  # the first timed round says how many there can be
+            per_round = max(clock.between(start, end) / 1e3, 1e-6)
+            rounds = 1 + min(MOST, max(FEWEST, int(seconds * len(turns) / per_round)))
+    return times, products.flops / (statistics.median(times["matrix", "products"]) / 1e3)
+
+
+def _run_once(loss: Loss, leaves: dict[str, Tensor], clock: machine.Clock, modes: Iterable[str]) -> dict[str, tuple]:
+    """{mode: (start, end)}: "forward" without gradients, as in an evaluation; "backward" and "full" of a training step."""
+    marks = {}
+    if "forward" in modes:
+        clock.cold()
+        start = clock.mark()
+        with torch.no_grad():
+            loss(**leaves)
+        marks["forward"] = start, clock.mark()
+    if "backward" in modes or "full" in modes:
+        clock.cold()
+        start = clock.mark()
+        value = loss(**leaves)
+        middle = clock.mark()
+        torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        end = clock.mark()
+        marks |= {"backward": (middle, end), "full": (start, end)}
+    return marks
+
+
+def _row(
+    work: Workload,
+    c: Candidate,
+    mode: str,
+    times: list[float] | None = None,
+    rate: float | None = None,
+    truth: Exact | None = None,
+) -> Row:
+    row = Row(**asdict(work), mode=mode, provider=c.name, status=c.status, note=c.note)
+    row.error, row.oracle = c.error, truth.what if truth and c.error is not None else None
+    if c.status == "ok":
+        row.extra_mib = c.extra_bytes / 2**20
+        row.ms, row.ms_20, row.ms_80 = (float(v) for v in np.quantile(times, (0.5, 0.2, 0.8)))
+        row.runs = len(times)
+        row.tflops = work.flops(mode) / row.ms / 1e9
+        row.matrix_tflops = rate / 1e12
+        row.floor_ms = work.flops(mode) / rate * 1e3
+    return row
