@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install demo test gpu-test bench clean
+.PHONY: install demo test gpu-test gpu-all bench plots docs clean
 
 install: $(STAMP)
 
@@ -28,8 +28,19 @@ test: install
 gpu-test: install
 	@$(BIN)/pytest -m gpu
 
+# With .venv if it is there, else with the Python at hand: machines with a GPU often have torch and no network.
+gpu-all:
+	@$(or $(wildcard $(BIN)/python),$(PYTHON)) bench/gpu.py --part $(or $(PART),1/1) --minutes $(or $(MINUTES),9)
+
 bench: install
 	@$(BIN)/python bench/cpu.py
+
+plots: install
+	@$(BIN)/python bench/plots.py
+
+docs: install
+	@$(BIN)/pip install -q "pdoc>=15"
+	@$(BIN)/pdoc flashcl flashcl.reference flashcl.contract --template-directory docs/theme -o docs/api
 
 clean:
 	rm -rf .venv build dist *.egg-info flashcl/_C.*.so .pytest_cache .hypothesis
