@@ -1,0 +1,281 @@
+"""The whole check of a GPU in one command: build, contract tests, sanitizer, the core table of the benchmark, a summary.
+
+    make gpu-all                     at most 9 minutes
+    make gpu-all PART=2/3            a third of the tests and workloads
+    make gpu-all MINUTES=4           for shorter slots: what is not done by then is left for the next call
+
+Results go to $OUT if it is set, else to bench/results. A call goes on from what it finds in either, as long as device,
+versions and sources are the same. Exit code 0: all done, all right; 1: something failed; 2: no GPU; 3: something is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench/results"
+SOURCES = ("flashcl", "triton_kernels", "csrc", "tests", "bench/*.py", "setup.py", "pyproject.toml")
+KERNELS = ("cuda", "triton")
+UNTIL = dict(build=0.2, tests=0.6, sanitizer=0.75, bench=0.97)  # each stage ends at this share of the time
+FLASHCL = [sys.executable, "-c", "import sys; from flashcl.cli import main; sys.exit(main())"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", default="1/1", metavar="K/N", help="the K-th of N shares of tests and workloads")
+    parser.add_argument("--minutes", type=float, default=9)
+    args = parser.parse_args()
+    if reason := no_gpu():
+        print(f"make gpu-all: {reason}; nothing was run", file=sys.stderr)
+        return 2
+    check = Check(args.part, args.minutes * 60, Path(os.environ.get("OUT") or RESULTS))
+    if check.build():
+        check.tests()
+        check.sanitizer()
+        check.bench()
+    return check.summary()
+
+
+def no_gpu() -> str | None:
+    try:
+        import torch
+    except ImportError as error:
+        return f"{sys.executable} has no torch ({error})"
+    if not torch.cuda.is_available():
+        return f"no CUDA GPU: torch {torch.__version__} finds none here"
+    return None
+
+
+class Check:
+    """One call. `state` is what this and earlier calls found: {"environment": ..., "tests": {id: outcome}, ...}."""
+
+    def __init__(self, part: str, seconds: float, out: Path):
+        self.part, self.seconds, self.out = part, seconds, out
+        self.start = time.monotonic()
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log = open(out / "gpu-log.txt", "a")
+        self.environment = environment()
+        os.environ.setdefault("FLASHCL_COMMIT", f"sources {self.environment['sources']}")  # of a copy without history
+        self.state = dict(environment=self.environment, build="not done", tests={}, sanitizer={}, bench="not done")
+        earlier = self.take_up("gpu-check.json")
+        if earlier.exists():
+            before = json.loads(earlier.read_text())
+            if before["environment"] == self.environment:
+                self.state = before
+
+    def take_up(self, name: str) -> Path:
+        """A file of an earlier call: in the folder for results or, copied back, in bench/results."""
+        if not (self.out / name).exists() and (RESULTS / name).exists():
+            shutil.copy(RESULTS / name, self.out / name)
+        return self.out / name
+
+    def save(self) -> None:
+        (self.out / "gpu-check.json").write_text(json.dumps(self.state, indent=1) + "\n")
+
+    def run(self, stage: str, command: list, **environment: str) -> tuple[int | None, str]:
+        """(exit code, output), the code None where the time of the stage ended first."""
+        left = self.start + self.seconds * UNTIL[stage] - time.monotonic()
+        print(f"[{time.monotonic() - self.start:4.0f} s] {stage}", file=sys.stderr, flush=True)
+        if left <= 0:
+            return None, ""
+        before = os.path.getsize(self.log.name)
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            cwd=ROOT,
+            env=os.environ | dict(PYTHONUNBUFFERED="1") | environment,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(left)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)  # also what it has started
+            process.wait()
+            code = None
+        except KeyboardInterrupt:
+            os.killpg(process.pid, 9)
+            self.save()
+            raise
+        with open(self.log.name, "rb") as written:
+            written.seek(before)
+            return code, written.read().decode(errors="replace")
+
+    # ---- the stages
+
+    def build(self) -> bool:
+        """Installs the package into this Python, with the extension where nvcc is. Needs no network."""
+        stamp = ROOT / "build/gpu-built"
+        if not (stamp.exists() and stamp.read_text() == self.environment["sources"]):
+            options = ("-q", "--no-build-isolation", "--no-deps", "--disable-pip-version-check")
+            code, text = self.run("build", [sys.executable, "-m", "pip", "install", *options, "-e", "."])
+            if code != 0:
+                self.state["build"] = f"failed: {(text.strip().splitlines() or ['out of time'])[-1]}"
+                return False
+            stamp.parent.mkdir(exist_ok=True)
+            stamp.write_text(self.environment["sources"])
+        code, text = self.run("build", [*FLASHCL, "info"])
+        self.state["build"] = text.strip() if code == 0 else f"failed: {text.strip().splitlines()[-1:]}"
+        self.save()
+        return code == 0
+
+    def tests(self) -> None:
+        pytest = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main())", "-p", "no:cacheprovider", "-m", "gpu"]
+        _, text = self.run("tests", [*pytest, "--collect-only", "-q"])
+        found = [line for line in text.splitlines() if re.match(r"tests/\S+\.py::", line)]
+        outcomes = self.state["tests"]
+        outcomes |= {name: "not run" for name in found if outcomes.get(name) not in ("PASSED", "SKIPPED")}
+        k, n = map(int, self.part.split("/"))
+        todo = [name for name in found[k - 1 :: n] if outcomes[name] == "not run"]
+        if todo:
+            _, text = self.run("tests", [*pytest, "-v", "--tb=short", *todo])
+            outcomes |= outcomes_in(text)
+        self.save()
+
+    def sanitizer(self) -> None:
+        tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        for backend in KERNELS:
+            for check in ("memcheck", "racecheck"):
+                name = f"{backend} {check}"
+                if self.state["sanitizer"].get(name) == "clean":
+                    continue
+                if tool is None:
+                    self.state["sanitizer"][name] = "not run: compute-sanitizer is not here"
+                elif reason := self.not_usable(backend):
+                    self.state["sanitizer"][name] = f"nothing to check: {reason}"
+                else:
+                    watch = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "bench/small_shapes.py", backend]
+                    # Without PyTorch's cache an access beyond a tensor is one beyond its allocation.
+                    code, text = self.run("sanitizer", watch, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+                    self.state["sanitizer"][name] = sanitized(code, text)
+        self.save()
+
+    def not_usable(self, backend: str) -> str | None:
+        match = re.search(rf"^{backend} +not usable: (.*)$", self.state["build"], re.M)
+        return match and match[1]
+
+    def bench(self) -> None:
+        left = self.start + self.seconds * UNTIL["bench"] - time.monotonic()
+        self.take_up("gpu-bench.json")
+        options = ["--out", self.out / "gpu-bench.json", "--resume", "--part", self.part, "--time-limit", max(0, 0.7 * left)]
+        code, _ = self.run("bench", [*FLASHCL, "bench", "--suite", "core", *options])
+        left_over = {None: "not finished", 3: "not finished"}
+        self.state["bench"] = "done" if code == 0 else left_over.get(code, f"failed with code {code}: see gpu-log.txt")
+        self.save()
+
+    # ---- what came of it
+
+    def summary(self) -> int:
+        self.save()
+        lines, failed, left = [f"{k}: {v}" for k, v in self.environment.items()], [], []
+        if self.state["build"].startswith("failed"):
+            failed.append(f"build {self.state['build']}")
+        for backend in ("torch", *KERNELS, "others"):
+            mine = {name: v for name, v in self.state["tests"].items() if backend_of(name) == backend}
+            count = {v: list(mine.values()).count(v) for v in sorted(set(mine.values()))}
+            lines.append(f"tests, {backend}: " + (", ".join(f"{v} {k.lower()}" for k, v in count.items()) or "none"))
+        failed += [f"test {name}" for name, v in self.state["tests"].items() if v in ("FAILED", "ERROR")]
+        left += [f"test {name}" for name, v in self.state["tests"].items() if v == "not run"]
+        if not self.state["tests"]:
+            left.append("all tests")
+        for name, verdict in self.state["sanitizer"].items():
+            lines.append(f"sanitizer, {name}: {verdict}")
+            failed += [f"sanitizer {name}: {verdict}"] * verdict.startswith("errors")
+            left += [f"sanitizer {name}"] * verdict.startswith("not")
+        lines += [f"benchmark: {self.state['bench']}", *bench_lines(self.out / "gpu-bench.json")]
+        failed += [f"benchmark {self.state['bench']}"] * self.state["bench"].startswith("failed")
+        left += ["benchmark"] * self.state["bench"].startswith("not")
+        for backend in KERNELS:
+            lines += self.verify(backend)
+        for title, items in (("FAILED", failed), ("left", left)):
+            lines += [f"{title}: {item}" for item in items[:6]]
+            lines += [f"{title}: {len(items) - 6} more"] if len(items) > 6 else []
+        lines.append(f"{len(failed)} failed, {len(left)} left after {time.monotonic() - self.start:.0f} s; files in {self.out}")
+        (self.out / "gpu-summary.txt").write_text("\n".join(lines) + "\n")
+        print("\n".join(lines))
+        return 1 if failed else 3 if left else 0
+
+    def verify(self, backend: str) -> list[str]:
+        """The file that an entry of dispatch.VERIFIED stands on: every test of the backend passed or had a reason to be
+        skipped, and the sanitizer is clean."""
+        mine = {name: v for name, v in self.state["tests"].items() if backend_of(name) == backend}
+        clean = [self.state["sanitizer"].get(f"{backend} {check}") == "clean" for check in ("memcheck", "racecheck")]
+        if "PASSED" not in mine.values() or set(mine.values()) - {"PASSED", "SKIPPED"} or not all(clean):
+            return []
+        path = self.out / f"verified-{backend}-{self.environment['arch']}.json"
+        record = dict(environment=self.environment, tests=mine, sanitizer=self.state["sanitizer"])
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        return [f"verified: {path.name} (dispatch.VERIFIED may name it)"]
+
+
+def environment() -> dict[str, str]:
+    """Of one kind: results of two calls belong together where all of it is the same."""
+    import torch
+
+    digest = hashlib.sha256()
+    for pattern in SOURCES:
+        for path in sorted(ROOT.glob(pattern)):
+            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+                if file.suffix in (".py", ".toml", ".cu", ".cuh", ".h", ".cpp"):
+                    digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    try:
+        import triton
+    except ImportError:
+        triton = None
+    major, minor = torch.cuda.get_device_capability()
+    return dict(
+        device=torch.cuda.get_device_name(),
+        arch=f"sm{major}{minor}",
+        torch=torch.__version__,
+        triton=getattr(triton, "__version__", "none"),
+        sources=digest.hexdigest()[:12],
+    )
+
+
+def outcomes_in(text: str) -> dict[str, str]:
+    """{id: outcome} of what `pytest -v` printed; a test that was cut off has none."""
+    found = re.findall(r"^(tests/\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", text, re.M)
+    return {name: {"XFAIL": "PASSED", "XPASS": "FAILED"}.get(outcome, outcome) for name, outcome in found}
+
+
+def backend_of(test: str) -> str:
+    """By the parameters in its name: test_contract[triton-...]."""
+    return next((name for name in ("torch", *KERNELS) if re.search(rf"[\[-]{name}[\]-]", test)), "others")
+
+
+def sanitized(code: int | None, text: str) -> str:
+    """"clean" only where the program came to its end and the tool says that it found nothing."""
+    if code is None:
+        return "not finished"
+    if code == 0 and "all shapes done" in text and re.search(r"SUMMARY: 0 (errors|hazards)", text.replace("displayed ", "")):
+        return "clean"
+    last = [line for line in text.splitlines() if "SUMMARY" in line or "Error" in line][-1:]
+    return f"errors, code {code}: {last[0].strip() if last else 'see gpu-log.txt'}"
+
+
+def bench_lines(path: Path) -> list[str]:
+    """Forward and backward of every workload, one line for each provider that was measured or failed."""
+    if not path.exists():
+        return []
+    from flashcl.cli.bench.results import HEADER, Results, line
+    from flashcl.cli.report import table
+
+    rows = [row for row in Results.load(path).rows if row.mode == "full" and row.status != "skipped"]
+    cells = [[f"{row.work} {row.provider}", *line(row)[1:]] for row in rows]
+    return table(["", *HEADER], cells).splitlines() if cells else []
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

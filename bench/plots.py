@@ -1,0 +1,240 @@
+"""Figures from the result files of `flashcl bench`: docs/img/*.png from bench/results/*.json, by `make plots`.
+
+One set of figures for each machine. What was not measured is said in the figure, never drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from flashcl.cli.bench.results import Results, Row
+from flashcl.cli.bench.suites import LOSSES
+
+HERE = Path(__file__).parent
+COLORS = {
+    "flashcl-cuda": "#0b3c6f",
+    "flashcl-triton": "#1f7fd1",
+    "flashcl-torch": "#63b3e6",
+    "dense": "#e07b39",
+    "torch.compile": "#b0413e",
+    "flex-attention": "#d4a017",
+    "open_clip": "#8c6d46",
+    "memeff": "#2a9d6f",
+    "siglip-kernel": "#6b4fa0",
+    "inf-cl": "#888888",
+    "cut-cross-entropy": "#c0539f",
+    "quack": "#4b5d16",
+}
+MARKERS = dict(zip(COLORS, "osD^v<>PXph*"))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", nargs="*", type=Path, help="default: bench/results/*.json")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs/img")
+    args = parser.parse_args(argv)
+    machines = load(args.results or sorted((HERE / "results").glob("*.json")))
+    if not machines:
+        print("no results of flashcl bench to draw: run flashcl bench --out bench/results/NAME.json first", file=sys.stderr)
+        return 1
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, results in machines.items():
+        for figure_name, figure in figures(results):
+            path = args.out / f"{name}-{figure_name}.png"
+            FigureCanvasAgg(figure)
+            figure.savefig(path, dpi=130)
+            print(path)
+    return 0
+
+
+def load(paths: Iterable[Path]) -> dict[str, list[Results]]:
+    """The files that are results of `flashcl bench`, by machine."""
+    machines = defaultdict(list)
+    for path in paths:
+        data = json.loads(path.read_text())
+        if "copy_gb_per_s" in data.get("environment", {}) and data["rows"]:
+            results = Results.load(path)
+            machines[slug(results.environment["device"])].append(results)
+    return machines
+
+
+def slug(device: str) -> str:
+    """A file name from the first words that describe a device."""
+    return re.sub(r"[^a-z0-9]+", "-", device.split(",")[0].lower()).strip("-")
+
+
+def figures(files: list[Results]) -> Iterable[tuple[str, Figure]]:
+    rows = [row for results in files for row in results.rows]
+    bandwidth = max(results.environment["copy_gb_per_s"] for results in files)
+    for dtype in dict.fromkeys(row.dtype for row in rows):
+        some = [row for row in rows if row.dtype == dtype and row.mode == "full"]
+        if some:
+            yield f"{dtype}-sizes", footed(scaling(some), files)
+            yield f"{dtype}-widths", footed(widths(some), files)
+            yield f"{dtype}-roofline", footed(roofline(some, bandwidth), files)
+
+
+def footed(figure: Figure, files: list[Results]) -> Figure:
+    """What the numbers stand on, under every figure."""
+    lines = []
+    for environment in (results.environment for results in files):
+        versions = f"torch {environment['torch']}, triton {environment['triton']}, driver {environment['driver']}"
+        lines.append(f"{environment['device']}; {versions}; commit {environment['commit']}, {environment['date']}")
+    figure.supxlabel("\n".join(dict.fromkeys(lines)), fontsize=7, color="0.35")
+    return figure
+
+
+# ---- time and memory against N ---------------------------------------------------------------------------------------
+
+
+def scaling(rows: list[Row]) -> Figure:
+    """A line of two panels for each loss, at the D that has the most sizes."""
+    losses = [loss for loss in LOSSES if any(row.loss == loss for row in rows)]
+    figure = Figure(figsize=(12, 3.9 * len(losses)), layout="constrained")
+    for loss, (time, memory) in zip(losses, figure.subplots(len(losses), 2, squeeze=False)):
+        d = most_common(rows, loss, "d", "n")
+        some = [row for row in rows if (row.loss, row.d) == (loss, d)]
+        draw(time, some, "n", lambda row: (row.ms, row.ms_20, row.ms_80))
+        draw(memory, some, "n", lambda row: (row.extra_mib,) * 3)
+        title = f"{loss}, D = {d}, {rows[0].dtype}, forward and backward"
+        axes(time, title, "N (rows of S)", "ms (median, 20 to 80 %)", some, "n")
+        axes(memory, title, "N (rows of S)", "peak extra memory, MiB", some, "n")
+        absent(time, some)
+        memory.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+def draw(ax, rows: list[Row], x: str, y) -> None:
+    """A curve for each provider through what it measured; crosses above the panel where it ran out of memory."""
+    full = [row for row in rows if row.status == "oom"]
+    without = [name for name in COLORS if any(row.provider == name for row in full)]
+    for name in COLORS:
+        measured = [row for row in rows if row.provider == name and row.status == "ok"]
+        measured.sort(key=lambda row: getattr(row, x))
+        if measured:
+            at, values = [getattr(row, x) for row in measured], [y(row) for row in measured]
+            ax.plot(at, [v[0] for v in values], label=name, color=COLORS[name], marker=MARKERS[name], markersize=4.5)
+            ax.fill_between(at, [v[1] for v in values], [v[2] for v in values], color=COLORS[name], alpha=0.15, linewidth=0)
+    for k, name in enumerate(without):
+        at = [getattr(row, x) for row in full if row.provider == name]
+        style = dict(color=COLORS[name], transform=ax.get_xaxis_transform(), clip_on=False)
+        ax.plot(at, [1.03 + 0.06 * k] * len(at), "x", gid=f"oom {name}", **style)
+        ax.text(min(at), 1.03 + 0.06 * k, f"{name} out of memory   ", **style, fontsize=7, ha="right", va="center")
+    ax.set_title("", pad=8 + 15 * len(without))
+
+
+def absent(ax, rows: list[Row]) -> None:
+    """Under the panel: who has no point in it, and why."""
+    reasons = {}
+    for row in rows:
+        if row.status in ("wrong", "failed", "skipped"):
+            reason = row.note.split(" against ")[0]
+            reasons[row.provider] = reason if row.status == "skipped" else f"{row.status}, {reason}"
+    text = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+    if text:
+        ax.text(0, -0.2, "not drawn: " + wrap(text), transform=ax.transAxes, fontsize=6, color="0.35", va="top")
+
+
+def wrap(text: str, width: int = 150) -> str:
+    lines = [""]
+    for word in text.split(" "):
+        if len(lines[-1]) + len(word) > width:
+            lines.append("")
+        lines[-1] += word + " "
+    return "\n".join(lines)
+
+
+def axes(ax, title: str, xlabel: str, ylabel: str, rows: list[Row], x: str | None = None) -> None:
+    ax.title.set(text=title, fontsize=10)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    if not any(row.status == "ok" for row in rows):
+        ax.text(0.5, 0.5, "not measured", ha="center", transform=ax.transAxes, fontsize=12, color="0.4")
+    if x:
+        ticks = sorted({getattr(row, x) for row in rows})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=7)
+        ax.minorticks_off()
+        ax.margins(x=0.12, y=0.2)
+        if ylabel.startswith(("ms", "peak")) and any(row.status == "ok" for row in rows):
+            ax.set_yscale("log")
+
+
+def most_common(rows: list[Row], loss: str, fixed: str, varied: str) -> int:
+    """The value of `fixed` at which a loss was measured for the most values of `varied`."""
+    seen = defaultdict(set)
+    for row in rows:
+        if row.loss == loss:
+            seen[getattr(row, fixed)].add(getattr(row, varied))
+    return max(seen, key=lambda value: (len(seen[value]), value))
+
+
+# ---- % of the matrix rate against D ----------------------------------------------------------------------------------
+
+
+def widths(rows: list[Row]) -> Figure:
+    losses = [loss for loss in LOSSES if any(row.loss == loss for row in rows)]
+    figure = Figure(figsize=(12, 3.9 * math.ceil(len(losses) / 2)), layout="constrained")
+    panels = list(figure.subplots(math.ceil(len(losses) / 2), 2, squeeze=False).flat)
+    for loss, ax in zip(losses, panels):
+        n = most_common(rows, loss, "n", "d")
+        some = [row for row in rows if (row.loss, row.n) == (loss, n)]
+        draw(ax, some, "d", lambda row: tuple(100 * row.floor_ms / ms for ms in (row.ms, row.ms_20, row.ms_80)))
+        axes(ax, f"{loss}, N = {n:,}, {rows[0].dtype}, forward and backward", "D", "% of the matrix rate", some, "d")
+        ax.set_ylim(0, None)
+        if any(row.status == "ok" for row in some):
+            ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    for ax in panels[len(losses) :]:
+        ax.set_visible(False)
+    return figure
+
+
+# ---- roofline --------------------------------------------------------------------------------------------------------
+
+
+def roofline(rows: list[Row], bandwidth: float) -> Figure:
+    """Useful FLOPs against compulsory bytes: each embedding read once, each gradient written once."""
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    ax = figure.subplots()
+    measured = [row for row in rows if row.status == "ok"]
+    peak = max((row.matrix_tflops for row in measured), default=None)
+    axes(
+        ax,
+        f"{rows[0].dtype}, forward and backward: under the two measured roofs",
+        "useful FLOPs per compulsory byte (embeddings read once, gradients written once)",
+        "useful TFLOP/s",
+        rows,
+    )
+    if not measured:
+        return figure
+    ridge = peak * 1e12 / (bandwidth * 1e9)
+    intensity = [row.work.flops("full") / row.work.compulsory_bytes() for row in measured]
+    left, right = min(ridge, *intensity) / 4, max(ridge, *intensity) * 2
+    ax.plot([left, ridge, right], [peak * left / ridge, peak, peak], color="0.3", linewidth=1.2)
+    ax.annotate(f"matrix products {peak:.3g} TFLOP/s", (right, peak), (0, 4), textcoords="offset points", ha="right", fontsize=8)
+    ax.annotate(f"copy {bandwidth:,.4g} GB/s", (left, peak * left / ridge), (18, 2), textcoords="offset points", fontsize=8)
+    for name in COLORS:
+        points = [(at, row) for at, row in zip(intensity, measured) if row.provider == name]
+        if points:
+            style = dict(color=COLORS[name], marker=MARKERS[name], linestyle="none", markersize=5, alpha=0.85)
+            ax.plot([at for at, _ in points], [row.tflops for _, row in points], label=name, **style)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_ylim(min(peak * left / ridge, *(row.tflops for row in measured)) / 1.5, 2 * peak)
+    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())

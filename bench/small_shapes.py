@@ -1,0 +1,33 @@
+"""Every loss of every kernel backend on small odd shapes, forward and backward: the program that compute-sanitizer watches."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import torch
+
+import flashcl
+from flashcl import contract
+from flashcl.engine import dispatch
+
+SHAPES = [(1, 1), (67, 40), (131, 72)]  # (N, D); M > N where a loss takes it
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("backend", choices=[name for name in dispatch.BACKENDS if name != "torch"])
+    backend = parser.parse_args().backend
+    for dtype in (torch.bfloat16, torch.float32):
+        for loss in contract.LOSSES:
+            for n, d in SHAPES:
+                c = contract.case(loss, "init", n=n, d=d).to(dtype, "cuda")
+                c = replace(c, options=c.options | dict(backend=backend))
+                contract.evaluate(getattr(flashcl, c.function), c)
+                torch.cuda.synchronize()
+            print(f"{backend} {loss} {dtype}", flush=True)
+    print("all shapes done", flush=True)
+
+
+if __name__ == "__main__":
+    main()
