@@ -11,6 +11,7 @@ The same losses as modules with learnable temperatures: InfoNCELoss, SigLIPLoss,
 import importlib
 
 from flashcl.engine.dispatch import explain
+from flashcl.engine.ranks import Group
 from flashcl.losses.info_nce import info_nce
 from flashcl.losses.nt_xent import nt_xent
 from flashcl.losses.siglip import siglip
@@ -20,6 +21,7 @@ from flashcl.modules import InfoNCELoss, NTXentLoss, SigLIPLoss, SupConLoss
 
 __version__ = "0.1.0"
 __all__ = [
+    "Group",
     "InfoNCELoss",
     "NTXentLoss",
     "SigLIPLoss",

@@ -10,8 +10,8 @@ from torch import Tensor
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def embeddings(**named: Tensor) -> None:
-    """Matrices (rows, D) of one floating dtype on one device."""
+def embeddings(group: object | None = None, **named: Tensor) -> None:
+    """Matrices (rows, D) of one floating dtype on one device. Without a group there must be rows."""
     first_name, first = next(iter(named.items()))
     for name, x in named.items():
         if not isinstance(x, Tensor):
@@ -20,7 +20,7 @@ def embeddings(**named: Tensor) -> None:
             raise ValueError(f"{name} must have shape (rows, D), got {tuple(x.shape)}")
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
-        if x.shape[0] == 0 or x.shape[1] == 0:
+        if x.shape[1] == 0 or (x.shape[0] == 0 and group is None):
             raise ValueError(f"{name} must have at least one row and one column, got N = 0 in {tuple(x.shape)}")
         if x.dtype != first.dtype:
             raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}")
@@ -96,8 +96,3 @@ def labels(value: Tensor, rows: int, z: Tensor) -> None:
 def one_of(name: str, value: str, allowed: tuple) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def no_group(group: object) -> None:
-    if group is not None:
-        raise NotImplementedError("group: negatives across ranks are not available yet; got a process group")

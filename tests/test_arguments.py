@@ -184,7 +184,7 @@ def test_backend_and_group(function):
     for wrong in ("cpu", "Torch", None):
         with raises(ValueError, "backend", "'torch'", repr(wrong)):
             function(backend=wrong)
-    with pytest.raises(NotImplementedError, match="group"):
+    with pytest.raises(TypeError, match="group must be a .*ProcessGroup or a flashcl.Group, got object"):
         function(group=object())
 
 

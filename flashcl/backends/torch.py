@@ -147,7 +147,7 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool) -> Statistics:
     need_cols = need_cols and not p.triangular
     row = _Running(p, len(p.x))
     col = row if p.triangular else _Running(p, len(p.y))
-    deviation = None if p.center is None else torch.zeros(len(p.x), dtype=torch.float64, device=p.x.device)
+    deviation, col_deviation = (_no_deviation(p, center) for center in (p.center, p.col_center))
     kept = torch.empty(kept_elements(p), dtype=p.stat_dtype, device=p.x.device) if keep else None
     tiles = _Tiles(p, keep=kept)
     for i, x in tiles.rows():
@@ -158,6 +158,8 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool) -> Statistics:
                 deviation[i] += _masked_sum(torch.sub(s, p.center[i, None], out=free), classes.positive, 1)
                 if mirrored:
                     deviation[j] += _masked_sum(torch.sub(s, p.center[j], out=free), classes.positive, 0)
+                if col_deviation is not None:
+                    col_deviation[j] += _masked_sum(torch.sub(s, p.col_center[j], out=free), classes.positive, 0)
             for k, part in enumerate(_split(s, classes.positive)):
                 of_rows, of_cols = _tile_sums(part, free, need_cols=need_cols or mirrored)
                 in_rows[k].append(of_rows)
@@ -167,7 +169,11 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool) -> Statistics:
             row.add(k, i, *_fold(in_rows[k]))
             if in_cols[k]:
                 col.add(k, slice(i.stop if p.triangular else 0, len(p.y)), *map(torch.cat, zip(*in_cols[k])))
-    return Statistics(row.result(), col.result() if need_cols else None, deviation, kept)
+    return Statistics(row.result(), col.result() if need_cols else None, deviation, col_deviation, kept)
+
+
+def _no_deviation(p: Problem, center: Tensor | None) -> Tensor | None:
+    return None if center is None else torch.zeros(len(center), dtype=torch.float64, device=p.x.device)
 
 
 def _masked_sum(values: Tensor, mask: Tensor, axis: int) -> Tensor:

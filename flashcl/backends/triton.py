@@ -71,20 +71,28 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool = False, plan: Plan | None 
     p, program = _loadable(p), PROGRAMS[p.program]
     row = _no_pairs(p, len(p.x))  # (K, 2, N)
     col = row if p.triangular else _no_pairs(p, len(p.y)) if need_cols else None
-    deviation = None if p.center is None else torch.zeros(len(p.x), dtype=torch.float64, device=p.x.device)
+    sides = (p.center, len(p.x)), (p.col_center, len(p.y))
+    deviation, col_deviation = (_no_deviation(center, n) for center, n in sides)
 
     for i, j, diagonal in _blocks(p, plan, cells=plan.workspace / _bytes_of_sums(p, plan)):
         tile = plan.square if diagonal else plan.tile
         x, y, block = _block(p, i, j)
         tiles_n, tiles_m = triton.cdiv(block.N, tile.BN), triton.cdiv(block.M, tile.BM)
-        rows = _lines(p, tiles_m, tiles_n * tile.BN, i)
-        cols = None if col is None else rows if diagonal else _lines(p, tiles_n, tiles_m * tile.BM, j)
+        col_center = p.center if p.triangular else p.col_center
+        rows = _lines(p, p.center, tiles_m, tiles_n * tile.BN, i)
+        cols = None if col is None else rows if diagonal else _lines(p, col_center, tiles_n, tiles_m * tile.BM, j)
         sweep_kernels.sweep(x, y, block, rows, cols, None, program, diagonal, tile)
-        for lines, out, at in ((rows, row, i), (cols, col, j))[: 1 if diagonal or col is None else 2]:
+        sides = (rows, row, deviation, i), (cols, col, deviation if p.triangular else col_deviation, j)
+        for lines, out, total, at in sides[: 1 if diagonal or col is None else 2]:
             sweep_kernels.fold(lines.sums, out[:, :, at])
-            if deviation is not None:
-                deviation[at] += lines.deviation.sum(0, dtype=torch.float64)[: at.stop - at.start]
-    return Statistics(_log_sum_exp(row), _log_sum_exp(col) if need_cols and not p.triangular else None, deviation)
+            if total is not None:
+                total[at] += lines.deviation.sum(0, dtype=torch.float64)[: at.stop - at.start]
+    has_cols = need_cols and not p.triangular
+    return Statistics(_log_sum_exp(row), _log_sum_exp(col) if has_cols else None, deviation, col_deviation)
+
+
+def _no_deviation(center: Tensor | None, n: int) -> Tensor | None:
+    return None if center is None else torch.zeros(n, dtype=torch.float64, device=center.device)
 
 
 def _no_pairs(p: Problem, n: int) -> Tensor:
@@ -99,9 +107,9 @@ def _log_sum_exp(sums: Tensor) -> LogSumExp:
     return LogSumExp(torch.where(total.isnan(), total, top), total.log())  # a maximum on a GPU passes over NaN
 
 
-def _lines(p: Problem, tiles: int, n: int, at: slice) -> Lines:
+def _lines(p: Problem, center: Tensor | None, tiles: int, n: int, at: slice) -> Lines:
     sums = torch.empty(p.classes, 2, tiles, n, device=p.x.device)
-    return Lines(sums) if p.center is None else Lines(sums, p.center[at.start :], sums.new_empty(tiles, n))
+    return Lines(sums) if center is None else Lines(sums, center[at.start :], sums.new_empty(tiles, n))
 
 
 def _bytes_of_sums(p: Problem, plan: Plan) -> float:
@@ -266,8 +274,9 @@ def _loadable(p: Problem) -> Problem:
     x = _aligned(p.x)
     y = x if p.triangular else _aligned(p.y)
     rows, cols = tuple(map(_pad, p.rows)), tuple(map(_pad, p.cols))
-    row_bias, col_bias, center = (None if v is None else _pad(v) for v in (p.row_bias, p.col_bias, p.center))
-    return dataclasses.replace(p, x=x, y=y, row_bias=row_bias, col_bias=col_bias, rows=rows, cols=cols, center=center)
+    names = "row_bias", "col_bias", "center", "col_center"
+    vectors = {name: _pad(v) for name in names if (v := getattr(p, name)) is not None}
+    return dataclasses.replace(p, x=x, y=y, rows=rows, cols=cols, **vectors)
 
 
 def _pad(v: Tensor, value: float | None = None) -> Tensor:

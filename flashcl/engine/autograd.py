@@ -28,10 +28,11 @@ class Pairs:
     cols: tuple[Tensor, ...] = ()  # (M,) each
     partner: Tensor | None = None  # (N,) int64: the one positive of each row, which the program drops
     labels: Tensor | None = None  # (N,) int64: rows of one label are positives; program "by_label", S symmetric
+    group: str = ""  # of ranks that hold other rows and columns (ranks.py); "": none
 
     def positives(self) -> Partner | SameLabel | None:
         if self.labels is not None:
-            return SameLabel.of(self.labels)
+            return SameLabel.of(self.labels, self.group)
         return None if self.partner is None else Partner(self.partner)
 
 
@@ -111,7 +112,7 @@ class _LogSumExp(torch.autograd.Function):
         mean = _mean_logits(problem, pairs, positives)  # (N,) float64, or None
         if pairs.labels is not None:
             problem = replace(problem, center=mean.to(problem.stat_dtype))
-        s = ops.sweep(problem, need_cols=need_cols, keep=any(ctx.needs_input_grad), backend=backend)
+        s = ops.sweep(problem, need_cols=need_cols, keep=any(ctx.needs_input_grad), backend=backend, group=pairs.group)
         col_top, col_rest = (None, None) if s.col is None else (s.col.top, s.col.rest)
         ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.top, s.row.rest, col_top, col_rest, s.kept)
         ctx.pairs, ctx.backend = pairs, backend
@@ -131,11 +132,12 @@ class _LogSumExp(torch.autograd.Function):
         problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, ctx.pairs), ctx.pairs.positives()
         row, col = LogSumExp(row_top, row_rest), None if col_top is None else LogSumExp(col_top, col_rest)
         d_row, d_col, d_pos, d_gap = (d.to(problem.stat_dtype) for d in (d_row, d_col, d_pos, d_gap))
+        about = _mean_product(problem, ctx.pairs.group) if ctx.needs_input_grad[2] else None
         if ctx.pairs.labels is None:
-            c = Softmax(d_row[None], row, None if col is None else d_col[None], col, about=_mean_product(problem))
+            c = Softmax(d_row[None], row, None if col is None else d_col[None], col, about=about)
         else:
-            c = _softmax_with_labels(d_row, d_pos, d_gap, row, positives, _mean_product(problem))
-        g = _gradients(problem, c, positives, d_pos, ctx.needs_input_grad[:5], ctx.backend, kept)
+            c = _softmax_with_labels(d_row, d_pos, d_gap, row, positives, about)
+        g = _gradients(problem, c, positives, d_pos, ctx.needs_input_grad[:5], ctx.backend, ctx.pairs.group, kept)
         return _as(x, g.dx), _as(x, g.dy), g.d_scale, g.d_row_bias, g.d_col_bias, None, None, None
 
 
@@ -151,7 +153,9 @@ def _mean_logits(p: Problem, pairs: Pairs, positives: Partner | SameLabel | None
     return mean
 
 
-def _softmax_with_labels(d_row: Tensor, d_pos: Tensor, d_gap: Tensor, row: LogSumExp, labels: SameLabel, about: Tensor) -> Softmax:
+def _softmax_with_labels(
+    d_row: Tensor, d_pos: Tensor, d_gap: Tensor, row: LogSumExp, labels: SameLabel, about: Tensor | None
+) -> Softmax:
     """Upstream gradients as coefficients of G, where the positives of a row have a softmax q_ij of their own.
 
         d_pos q_ij + d_gap (q_ij - 1/|P|)  =  (d_pos + d_gap) (q_ij - 1/|P|)  +  d_pos / |P|
@@ -165,9 +169,12 @@ def _softmax_with_labels(d_row: Tensor, d_pos: Tensor, d_gap: Tensor, row: LogSu
     return Softmax(torch.stack([d_row, weight]), row, row_offset=offset, about=about)
 
 
-def _mean_product(p: Problem) -> Tensor:
-    """The mean of <x_i, y_j> over all pairs, (1,) statistic dtype."""
-    mean_x, mean_y = (v.mean(0, dtype=p.stat_dtype) for v in (p.x, p.y))
+def _mean_product(p: Problem, group: str) -> Tensor:
+    """The mean of <x_i, y_j> over all pairs, of all ranks, (1,) statistic dtype."""
+    sums = torch.stack([v.sum(0, dtype=p.stat_dtype) for v in (p.x, p.y)])  # (2, D)
+    counts = torch.stack([torch.ones_like(v[:, :1], dtype=p.stat_dtype).sum(0) for v in (p.x, p.y)])  # (2, 1)
+    total = ops.sum_over_ranks(torch.cat([sums, counts], 1), group)
+    mean_x, mean_y = total[:, :-1] / total[:, -1:]
     return (mean_x * mean_y).sum(0, keepdim=True)
 
 
@@ -182,9 +189,9 @@ class _SoftplusSum(torch.autograd.Function):
         needs = (*ctx.needs_input_grad[:4], False)
         if per_row or not any(needs):
             ctx.save_for_backward(x, y, logit_scale, row_bias, d_pos)
-            row = ops.sweep_softplus(problem, backend=backend) + of_positive
+            row = ops.sweep_softplus(problem, backend=backend, group=pairs.group) + of_positive
             return row if per_row else row.sum()
-        g = _gradients(problem, Sigmoid(torch.ones_like(d_pos)), positives, d_pos, needs, backend)
+        g = _gradients(problem, Sigmoid(torch.ones_like(d_pos)), positives, d_pos, needs, backend, pairs.group)
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
         ctx.save_for_backward(g.dx, g.dy, g.d_scale, g.d_row_bias)
         ctx.dtype = x.dtype
@@ -198,8 +205,12 @@ class _SoftplusSum(torch.autograd.Function):
             problem = _problem(x, y, logit_scale, row_bias, None, ctx.pairs)
             upstream = upstream.to(d_pos.dtype)
             needs = (*ctx.needs_input_grad[:4], False)
-            g = _gradients(problem, Sigmoid(upstream), ctx.pairs.positives(), d_pos * upstream, needs, ctx.backend)
+            c, d_pos, positives = Sigmoid(upstream), d_pos * upstream, ctx.pairs.positives()
+            g = _gradients(problem, c, positives, d_pos, needs, ctx.backend, ctx.pairs.group)
             return _as(x, g.dx), _as(y, g.dy), g.d_scale, g.d_row_bias, None, None, None
+        # The gradient of a column has come from the rows of all ranks already, each with an upstream gradient of 1.
+        what = 'the upstream gradient of siglip (reduction="none" lets each rank have its own)'
+        upstream = ops.same_on_all_ranks(upstream, what, ctx.pairs.group)
         dx, dy, d_scale, d_row_bias = (None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
         dx, dy = (None if g is None else g.to(ctx.dtype) for g in (dx, dy))
         return dx, dy, d_scale, d_row_bias, None, None, None
@@ -222,12 +233,13 @@ def _gradients(
     d_pos: Tensor,  # (N,) what reaches the mean positive logit of each row
     needs: tuple[bool, ...],  # x, y, logit_scale, row_bias, col_bias
     backend: str,
+    group: str,
     kept: Tensor | None = None,
 ) -> _Gradients:
     need_x, need_y, need_scale, need_row_bias, need_col_bias = needs
     need_bias = need_row_bias or need_col_bias
     needed = dict(need_x=need_x, need_y=need_y, need_bias=need_bias, need_scale=need_scale)
-    g = ops.grad(p, c, **needed, kept=kept, backend=backend)
+    g = ops.grad(p, c, **needed, kept=kept, backend=backend, group=group)
     d_scale, d_row_bias, d_col_bias = g.d_scale, g.g_rows, g.g_cols
     # Negatives pull one way what positives pull the other: about their common mean little is left to cancel.
     about = c.about.double() if need_scale and isinstance(c, Softmax) else 0.0

@@ -2,6 +2,9 @@
 
     flashcl::sweep, flashcl::sweep_softplus    statistics of a block of logits
     flashcl::grad                              its gradients, given the coefficients of G
+    flashcl::sum_over_ranks                    a few numbers of all ranks
+
+With a group (ranks.py) the block is this rank's share of the world's; without one, group is "".
 
 Operators know tensors, numbers and strings; the dataclasses of problem.py are taken apart and put together here.
 A triangular problem goes without y. An absent output is a tensor without elements.
@@ -12,27 +15,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashcl.engine import dispatch
+from flashcl.engine import dispatch, distributed
 from flashcl.engine.problem import CLASSES, Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
 
 
-def sweep(problem: Problem, *, need_cols: bool, keep: bool, backend: str) -> Statistics:
+def sweep(problem: Problem, *, need_cols: bool, keep: bool, backend: str, group: str) -> Statistics:
     """`problem.py` says what comes back."""
     row_top, row_rest, col_top, col_rest, deviation, kept = _sweep(
-        *_unpack(problem), problem.center, need_cols, keep, backend
+        *_unpack(problem), problem.center, need_cols, keep, backend, group
     )
     has_cols = need_cols and not problem.triangular
     return Statistics(
         LogSumExp(row_top, row_rest),
         LogSumExp(col_top, col_rest) if has_cols else None,
         None if problem.center is None else deviation,
-        kept if keep else None,
+        kept=kept if keep else None,
     )
 
 
-def sweep_softplus(problem: Problem, *, backend: str) -> Tensor:
+def sweep_softplus(problem: Problem, *, backend: str, group: str) -> Tensor:
     """`problem.py` says what comes back."""
-    return _sweep_softplus(*_unpack(problem), backend)
+    return _sweep_softplus(*_unpack(problem), backend, group)
 
 
 def grad(
@@ -45,6 +48,7 @@ def grad(
     need_scale: bool,
     kept: Tensor | None = None,
     backend: str,
+    group: str,
 ) -> Grads:
     """`problem.py` says what comes back."""
     if isinstance(c, Sigmoid):
@@ -53,7 +57,7 @@ def grad(
         row, col = ([None, None] if lse is None else [lse.top, lse.rest] for lse in (c.row_lse, c.col_lse))
         vectors = [c.row_weight, *row, c.col_weight, *col, c.row_offset, c.col_offset, c.about]
     needs = (need_x, need_y, need_bias, need_scale)
-    dx, dy, g_rows, g_cols, d_scale, row_sum = _grad(*_unpack(problem), *vectors, kept, *needs, backend)
+    dx, dy, g_rows, g_cols, d_scale, row_sum = _grad(*_unpack(problem), *vectors, kept, *needs, backend, group)
     return Grads(
         dx if need_x else None,
         dy if need_y and not problem.triangular else None,
@@ -62,6 +66,37 @@ def grad(
         d_scale if need_scale else None,
         row_sum if isinstance(c, Sigmoid) else None,
     )
+
+
+def sum_over_ranks(v: Tensor, group: str) -> Tensor:
+    """v, a few numbers, summed over the ranks of the group; v itself without a group."""
+    return _sum_over_ranks(v, group) if group else v
+
+
+@torch.library.custom_op("flashcl::sum_over_ranks", mutates_args=())
+def _sum_over_ranks(v: Tensor, group: str) -> Tensor:
+    return distributed.sum_over_ranks(v, group)
+
+
+@_sum_over_ranks.register_fake
+def _(v, group):
+    return torch.empty_like(v)
+
+
+def same_on_all_ranks(v: Tensor, what: str, group: str) -> Tensor:
+    """v () if every rank of the group has the same; a RuntimeError on every rank otherwise."""
+    return _same_on_all_ranks(v, what, group) if group else v
+
+
+@torch.library.custom_op("flashcl::same_on_all_ranks", mutates_args=())
+def _same_on_all_ranks(v: Tensor, what: str, group: str) -> Tensor:
+    distributed.agree_on(v, what, group)
+    return v.clone()
+
+
+@_same_on_all_ranks.register_fake
+def _(v, what, group):
+    return torch.empty_like(v)
 
 
 def _unpack(p: Problem) -> tuple:
@@ -87,20 +122,25 @@ def _sweep(
     need_cols: bool,
     keep: bool,
     backend: str,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center)
-    s = dispatch.load(backend).sweep(problem, need_cols=need_cols, keep=keep)
+    module = dispatch.load(backend)
+    if group:
+        s = distributed.sweep(module, problem, group, need_cols=need_cols)
+    else:
+        s = module.sweep(problem, need_cols=need_cols, keep=keep)
     col = (None, None) if s.col is None else (s.col.top, s.col.rest)
     return _present(s.row.top, s.row.rest, *col, s.deviation, s.kept, like=logit_scale)
 
 
 @_sweep.register_fake
-def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center, need_cols, keep, backend):
+def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center, need_cols, keep, backend, group):
     new, k, has_cols = logit_scale.new_empty, CLASSES[program], need_cols and y is not None
     row, col = (k, x.shape[0]), (k, y.shape[0]) if has_cols else (0,)
     deviation = new(0) if center is None else new(x.shape[0], dtype=torch.float64)
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center)
-    kept = dispatch.load(backend).kept_elements(problem) if keep else 0
+    kept = dispatch.load(backend).kept_elements(problem) if keep and not group else 0
     return new(row), new(row), new(col), new(col), deviation, new(kept)
 
 
@@ -115,13 +155,15 @@ def _sweep_softplus(
     rows: list[Tensor],
     cols: list[Tensor],
     backend: str,
+    group: str,
 ) -> Tensor:
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols)
-    return dispatch.load(backend).sweep_softplus(problem)
+    module = dispatch.load(backend)
+    return distributed.sweep_softplus(module, problem, group) if group else module.sweep_softplus(problem)
 
 
 @_sweep_softplus.register_fake
-def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, backend):
+def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, backend, group):
     return logit_scale.new_empty(x.shape[0])
 
 
@@ -150,6 +192,7 @@ def _grad(
     need_bias: bool,
     need_scale: bool,
     backend: str,
+    group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols)
     if row_top is None:
@@ -158,13 +201,14 @@ def _grad(
         col_lse = None if col_top is None else LogSumExp(col_top, col_rest)
         c = Softmax(row_weight, LogSumExp(row_top, row_rest), col_weight, col_lse, row_offset, col_offset, about)
     needs = dict(need_x=need_x, need_y=need_y, need_bias=need_bias, need_scale=need_scale)
-    g = dispatch.load(backend).grad(problem, c, kept=kept, **needs)
+    module = dispatch.load(backend)
+    g = distributed.grad(module, problem, c, group, **needs) if group else module.grad(problem, c, kept=kept, **needs)
     return _present(g.dx, g.dy, g.g_rows, g.g_cols, g.d_scale, g.row_sum, like=logit_scale)
 
 
 @_grad.register_fake
 def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_top, row_rest, col_weight, col_top,
-      col_rest, row_offset, col_offset, about, kept, need_x, need_y, need_bias, need_scale, backend):  # fmt: skip
+      col_rest, row_offset, col_offset, about, kept, need_x, need_y, need_bias, need_scale, backend, group):  # fmt: skip
     new = logit_scale.new_empty
     return (
         new(x.shape if need_x else 0),

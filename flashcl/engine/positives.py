@@ -6,7 +6,8 @@ Both kinds answer the same two questions, with t_i the mean of the positives of 
     add_gradients_        dx_i += w_i t_i,  dy_j += sum over the rows i of which j is a positive of w_i x_i / |P(i)|
 
 Added in the wide accumulators before the gradient is rounded, a positive cancels exactly what it must cancel. Where x is
-y, dx and dy are one accumulator, which receives both.
+y, dx and dy are one accumulator, which receives both. What runs over rows in chunks is a registered operator, so that
+torch.compile sees one node whatever N.
 """
 
 from __future__ import annotations
@@ -17,67 +18,53 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashcl.engine import distributed
+
 
 @dataclass(frozen=True)
 class Partner:
-    """One positive per row: the column index[i]. No column is the partner of two rows."""
+    """One positive per row: the column index[i], of this rank. No column is the partner of two rows."""
 
     index: Tensor  # (N,) int64
 
     def mean_logits(self, x: Tensor, y: Tensor) -> Tensor:
-        dtype = _wide(x)
-        products = (a.to(dtype) * y[j].to(dtype) for a, j in _in_chunks(x, self.index))
-        return torch.cat([product.sum(1, dtype=torch.float64) for product in products])
+        return _partner_products(x, y, self.index)
 
     def add_gradients_(self, dx: Tensor | None, dy: Tensor | None, x: Tensor, y: Tensor, weight: Tensor) -> None:
+        # One call per accumulator: where x is y both are one tensor, and an operator may change a tensor under one name only.
         if dx is not None:
-            for da, j, w in _in_chunks(dx, self.index, weight):
-                da.addcmul_(y[j].to(da.dtype), w[:, None])
+            _add_partners_(dx, y, self.index, weight)
         if dy is not None:
-            for a, j, w in _in_chunks(x, self.index, weight):
-                dy.index_add_(0, j, a.to(dy.dtype) * w[:, None])
+            _add_to_partners_(dy, x, self.index, weight)
 
 
 @dataclass(frozen=True)
 class SameLabel:
-    """All other rows with the label of the row; x and y are the same embeddings. Rows without one have t_i = 0."""
+    """All other rows with the label of the row, on all ranks; x and y are the same embeddings. Rows without one have t_i = 0."""
 
-    group: Tensor  # (N,) int64: labels as numbers 0 ... N - 1
-    count: Tensor  # (N,) how many positives each row has
+    labels: Tensor  # (N,) integers
+    count: Tensor  # (N,) int64: how many positives each row has
+    group: str
 
     @staticmethod
-    def of(labels: Tensor) -> SameLabel:
-        # torch.unique would make the host wait for the number of groups.
-        ordered, order = labels.sort(stable=True)
-        starts = torch.cat([ordered.new_zeros(1, dtype=torch.bool), ordered[1:] != ordered[:-1]])
-        group = torch.empty_like(order).scatter_(0, order, starts.cumsum(0))
-        size = torch.zeros_like(group).scatter_add_(0, group, torch.ones_like(group))
-        return SameLabel(group, size[group] - 1)
+    def of(labels: Tensor, group: str) -> SameLabel:
+        return SameLabel(labels, _others_with_label(labels, group), group)
 
     def mean_logits(self, x: Tensor, y: Tensor) -> Tensor:
-        sums = self._group_sums(x, torch.ones(len(x), dtype=_wide(x), device=x.device))
-        total = [((sums[k] - a.to(sums.dtype)) * a).sum(1) for a, k in _in_chunks(x, self.group)]
-        return torch.cat(total).double() * self._inverse_count(torch.float64)
+        ones = torch.ones(1, len(x), dtype=_wide(x), device=x.device)
+        return _label_products(x, *_label_sums(x, self.labels, ones, self.group)) * self._inverse_count()
 
     def add_gradients_(self, dx: Tensor | None, dy: Tensor | None, x: Tensor, y: Tensor, weight: Tensor) -> None:
-        ones, each = torch.ones_like(weight), weight * self._inverse_count(weight.dtype)
-        for gradient, outer, inner in ((dx, each, ones), (dy, ones, each)):
-            if gradient is None:
-                continue
-            sums = self._group_sums(x, inner)
-            for g, a, k, o, i in _in_chunks(gradient, x, self.group, outer, inner):
-                g.addcmul_(sums[k] - a.to(g.dtype) * i[:, None], o[:, None])
+        if dx is not None:
+            each = weight * self._inverse_count().to(weight.dtype)
+            weights = torch.stack([torch.ones_like(each), each])
+            _add_labels_(dx, x, each, *_label_sums(x, self.labels, weights, self.group))
 
-    def _inverse_count(self, dtype: torch.dtype) -> Tensor:
-        return torch.where(self.count > 0, 1 / self.count.to(dtype), 0.0)
+    def _inverse_count(self) -> Tensor:
+        return torch.where(self.count > 0, 1 / self.count.double(), 0.0)
 
-    def _group_sums(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Sum of weight_i x_i over each group, (N, D): the number of groups is known to the device alone."""
-        sums = torch.zeros(x.shape, dtype=weight.dtype, device=x.device)
-        for a, k, w in _in_chunks(x, self.group, weight):
-            # On a GPU index_put_ sorts and so adds in a fixed order; index_add_ would add in any.
-            sums.index_put_((k,), a.to(w.dtype) * w[:, None], accumulate=True)
-        return sums
+
+# ---- operators -----------------------------------------------------------------------------------------------------------
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -85,8 +72,91 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors a few rows at a time, side by side: bounds the wide copies that are made of them.
-
-    By split, since a loop over row numbers would make torch.compile compile anew for each N.
-    """
+    """The tensors a few rows at a time, side by side: bounds the wide copies that are made of them."""
     return zip(*(v.split(1024) for v in tensors))
+
+
+@torch.library.custom_op("flashcl::partner_products", mutates_args=())
+def _partner_products(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    """<x_i, y_index[i]>, (N,) float64"""
+    dtype = _wide(x)
+    products = (a.to(dtype) * y[j].to(dtype) for a, j in _in_chunks(x, index))
+    return torch.cat([product.sum(1, dtype=torch.float64) for product in products])
+
+
+@_partner_products.register_fake
+def _(x, y, index):
+    return x.new_empty(x.shape[0], dtype=torch.float64)
+
+
+@torch.library.custom_op("flashcl::add_partners_", mutates_args=("dx",))
+def _add_partners_(dx: Tensor, y: Tensor, index: Tensor, weight: Tensor) -> None:
+    """dx_i += weight_i y_index[i]"""
+    for d, j, w in _in_chunks(dx, index, weight):
+        d.addcmul_(y[j].to(d.dtype), w[:, None])
+
+
+@torch.library.custom_op("flashcl::add_to_partners_", mutates_args=("dy",))
+def _add_to_partners_(dy: Tensor, x: Tensor, index: Tensor, weight: Tensor) -> None:
+    """dy_index[i] += weight_i x_i"""
+    for a, j, w in _in_chunks(x, index, weight):
+        dy.index_add_(0, j, a.to(dy.dtype) * w[:, None])
+
+
+@torch.library.custom_op("flashcl::others_with_label", mutates_args=())
+def _others_with_label(labels: Tensor, group: str) -> Tensor:
+    """How many other rows, of all ranks, have the label of each row: (N,) int64."""
+    ordered = (distributed.labels_of_all(labels, group) if group else labels).sort().values
+    return torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels) - 1
+
+
+@_others_with_label.register_fake
+def _(labels, group):
+    return torch.empty_like(labels, dtype=torch.int64)
+
+
+@torch.library.custom_op("flashcl::label_sums", mutates_args=())
+def _label_sums(x: Tensor, labels: Tensor, weights: Tensor, group: str) -> tuple[Tensor, Tensor]:
+    """Sums of weights[p, j] x_j over all rows j, of all ranks, with one label, for each label that occurs here.
+
+    x: (N, D). labels: (N,). weights: (P, N). Returns: the sums (P, N, D), of which the label of row i has number slot[i],
+    since how many labels there are is known to the device alone; slot (N,).
+    """
+    ordered = labels.sort().values
+    slot, last = torch.searchsorted(ordered, labels), len(labels) - 1
+    sums = weights.new_zeros(*weights.shape, x.shape[1])
+    for y, of_y, w in distributed.label_blocks(x, labels, weights, group) if group else [(x, labels, weights)]:
+        if last < 0:
+            continue  # the other ranks still need the rows of this one: walk on
+        to = torch.searchsorted(ordered, of_y).clamp(max=last)
+        w = torch.where(ordered[to] == of_y, w, 0.0)  # labels that do not occur here
+        for total, each in zip(sums, w):
+            for b, k, v in _in_chunks(y, to, each):
+                # On a GPU index_put_ sorts and so adds in a fixed order; index_add_ would add in any.
+                total.index_put_((k,), b.to(total.dtype) * v[:, None], accumulate=True)
+    return sums, slot
+
+
+@_label_sums.register_fake
+def _(x, labels, weights, group):
+    return weights.new_empty(*weights.shape, x.shape[1]), torch.empty_like(labels, dtype=torch.int64)
+
+
+@torch.library.custom_op("flashcl::label_products", mutates_args=())
+def _label_products(x: Tensor, sums: Tensor, slot: Tensor) -> Tensor:
+    """<x_i, sum of the other rows with its label>, (N,) float64"""
+    total = [((sums[0][k] - a.to(sums.dtype)) * a).sum(1) for a, k in _in_chunks(x, slot)]
+    return torch.cat(total).double()
+
+
+@_label_products.register_fake
+def _(x, sums, slot):
+    return x.new_empty(x.shape[0], dtype=torch.float64)
+
+
+@torch.library.custom_op("flashcl::add_labels_", mutates_args=("dx",))
+def _add_labels_(dx: Tensor, x: Tensor, each: Tensor, sums: Tensor, slot: Tensor) -> None:
+    """dx_i += each_i (sum of x_j) + sum of each_j x_j, over the other rows j with its label"""
+    for d, a, k, e in _in_chunks(dx, x, slot, each):
+        a = a.to(d.dtype)
+        d.addcmul_(sums[0][k] - a, e[:, None]).add_(sums[1][k] - a * e[:, None])

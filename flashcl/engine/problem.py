@@ -36,7 +36,8 @@ class Problem:
     program: str = "all"
     rows: tuple[Tensor, ...] = ()  # (N,) integer vectors that the program reads
     cols: tuple[Tensor, ...] = ()  # (M,)
-    center: Tensor | None = None  # (N,) stat_dtype, only with K = 2 and triangular: about the mean positive logit of a row
+    center: Tensor | None = None  # (N,) stat_dtype, only with K = 2: about the mean positive logit of a row
+    col_center: Tensor | None = None  # (M,) the same of a column, with center; None where triangular: it is `center`
     triangular: bool = False  # S = S^T: x is y, rows is cols, no biases; walk only the tiles on and above the diagonal
 
     @staticmethod
@@ -53,7 +54,8 @@ class Problem:
     ) -> Problem:
         triangular = y is None
         y = x if triangular else y
-        return Problem(x, y, logit_scale, row_bias, col_bias, program, tuple(rows), tuple(cols), center, triangular)
+        vectors = dict(rows=tuple(rows), cols=tuple(cols), center=center)
+        return Problem(x, y, logit_scale, row_bias, col_bias, program, **vectors, triangular=triangular)
 
     @property
     def classes(self) -> int:
@@ -87,6 +89,7 @@ class Statistics:
     row: LogSumExp  # over the pairs of each row (K, N)
     col: LogSumExp | None  # of each column (K, M); None where not asked for, and of a triangular problem: it is `row`
     deviation: Tensor | None = None  # (N,) float64: sum_j (s_ij - center_i) over the positives, if there is a center
+    col_deviation: Tensor | None = None  # (M,) float64, with col_center: sum_i (s_ij - col_center_j) over the positives
     kept: Tensor | None = None  # (kept_elements,) stat_dtype: what this backend would compute again in `grad`
 
 

@@ -7,18 +7,40 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashcl.checks import wide
+from flashcl.engine import ops
+from flashcl.engine.ranks import Group
 
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def prepare(normalize: bool, *embeddings: Tensor) -> list[Tensor]:
+def prepare(normalize: bool, group: Group | None, *embeddings: Tensor) -> list[Tensor]:
     """Embeddings as the engine takes them: of unit length if asked for, in the autocast dtype inside autocast."""
+    if group is not None and group.convention == "global":
+        embeddings = [_ScaleGradient.apply(x, 1 / group.process_group.size()) for x in embeddings]
     if normalize:
         embeddings = [F.normalize(x, dim=1) for x in embeddings]
     device = embeddings[0].device.type
     if torch.is_autocast_enabled(device) and embeddings[0].dtype != torch.float64:
         embeddings = [x.to(torch.get_autocast_dtype(device)) for x in embeddings]
     return list(embeddings)
+
+
+def parameter(value: Tensor, group: Group | None) -> Tensor:
+    """logit_scale or logit_bias as the engine takes it."""
+    if group is not None and group.convention == "global_scaled":
+        return _ScaleGradient.apply(value, group.process_group.size())
+    return value
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream * ctx.factor, None
 
 
 def from_negatives(neg: Tensor, pos: Tensor) -> Tensor:
@@ -28,11 +50,27 @@ def from_negatives(neg: Tensor, pos: Tensor) -> Tensor:
     return F.softplus((neg - pos) * torch.where(undefined, torch.nan, 1.0), threshold=50.0)
 
 
-def reduce(loss: Tensor, reduction: str, x: Tensor) -> Tensor:
-    """The float64 losses of the rows, reduced, in the dtype of results for embeddings like x."""
-    match reduction:
-        case "mean":
-            loss = loss.mean()
-        case "sum":
-            loss = loss.sum()
-    return wide(loss, x)
+def reduce(loss: Tensor, reduction: str, x: Tensor, group: Group | None, count: Tensor | None = None) -> Tensor:
+    """The float64 losses of the rows (or their sum), reduced, in the dtype of results for embeddings like x.
+
+    count: how many rows the mean divides by, (); None: all rows of x.
+    """
+    if reduction == "none":
+        return wide(loss, x)
+    if reduction == "mean":
+        count = torch.ones_like(x[:, 0], dtype=torch.float64).sum() if count is None else count.double()
+        loss = loss.sum() / count.clamp(min=1) if group is None else _mean_over_ranks(loss.sum(), count, group)
+    return wide(loss.sum(), x)
+
+
+def _mean_over_ranks(own: Tensor, count: Tensor, group: Group) -> Tensor:
+    """What a rank returns as its mean: `Group` says what that is in each convention."""
+    name = group.encode()
+    count, ranks = ops.sum_over_ranks(torch.stack([count, torch.ones_like(count)]), name).unbind()
+    own = own * (ranks / count.clamp(min=1))
+    if not group.convention.startswith("global"):
+        return own
+    value = ops.sum_over_ranks(own.detach().reshape(1), name)[0]  # W times the global mean
+    if group.convention != "global_scaled":
+        value = value / ranks
+    return own + (value - own.detach())

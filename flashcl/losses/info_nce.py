@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
-from flashcl.losses.common import REDUCTIONS, from_negatives, prepare, reduce
+from flashcl.engine.ranks import Group
+from flashcl.losses.common import REDUCTIONS, from_negatives, parameter, prepare, reduce
 
 
 def info_nce(
@@ -20,7 +22,7 @@ def info_nce(
     symmetric: bool = True,
     normalize: bool = False,
     reduction: str = "mean",
-    group: object | None = None,
+    group: ProcessGroup | Group | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """InfoNCE: l_i = log sum_j exp(s_ij) - s_ii, s = logit_scale * x y^T; symmetric: the mean of l over rows and columns.
@@ -31,26 +33,28 @@ def info_nce(
     Returns: float32 (float64 for float64 input), nats: () for reduction "mean" and "sum", (N,) for "none".
     Gradients: x, y, temperature or logit_scale, first order. Memory O((N + M) D) and a bounded workspace, never N x M;
     8 N M D FLOPs forward and backward.
-    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward and for group.
+    group: ranks whose rows are one batch, a ProcessGroup or flashcl.Group: `flashcl.Group` says what comes back.
+    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward; RuntimeError on every
+    rank where ranks disagree or one does not answer.
     Numerics: within twice the error of the dense formula in the same dtype; the positive stays out of the tiles, so that
     a converged pair loses no digits.
     Source: van den Oord et al. 2018, eq. 4; Radford et al. 2021, figure 3.
     """
-    checks.embeddings(x=x, y=y)
+    checks.embeddings(group, x=x, y=y)
     checks.one_of("reduction", reduction, REDUCTIONS)
-    checks.no_group(group)
+    group = Group.of(group, reduction)
     if symmetric:
         checks.same_rows("x", x, "y", y, "the symmetric loss has a positive for each column")
     elif len(y) < len(x):
         raise ValueError(f"y must have at least the {len(x)} rows of x, a positive for each, got {len(y)}")
-    scale = checks.logit_scale(x, temperature=temperature, logit_scale=logit_scale)
-    x, y = prepare(normalize, x, y)
+    scale = parameter(checks.logit_scale(x, temperature=temperature, logit_scale=logit_scale), group)
+    x, y = prepare(normalize, group, x, y)
 
     row_id = torch.arange(len(x), dtype=torch.int32, device=x.device)
     col_id = torch.arange(len(y), dtype=torch.int32, device=x.device)
-    pairs = Pairs("different", (row_id,), (col_id,), partner=row_id.long())
+    pairs = Pairs("different", (row_id,), (col_id,), partner=row_id.long(), group=Group.name(group))
     s = log_sum_exp(x, y, scale, None, None, pairs, need_cols=symmetric, backend=dispatch.choose(backend, x))
     loss = from_negatives(s.row_neg, s.row_pos)
     if symmetric:
         loss = (loss + from_negatives(s.col_neg, s.row_pos)) / 2
-    return reduce(loss, reduction, x)
+    return reduce(loss, reduction, x, group)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, softplus_sum
-from flashcl.losses.common import REDUCTIONS, prepare
+from flashcl.engine.ranks import Group
+from flashcl.losses.common import REDUCTIONS, parameter, prepare, reduce
 
 
 def siglip(
@@ -19,7 +21,7 @@ def siglip(
     logit_bias: float | Tensor,
     normalize: bool = False,
     reduction: str = "mean",
-    group: object | None = None,
+    group: ProcessGroup | Group | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """SigLIP: l_i = sum_j softplus(-z_ij s_ij), s = logit_scale * x y^T + logit_bias, z_ii = 1 and z_ij = -1 otherwise.
@@ -30,21 +32,23 @@ def siglip(
     (N,) for "none".
     Gradients: x, y, logit_scale, logit_bias, first order. Memory O(N D) and a bounded workspace; 6 N^2 D FLOPs forward
     and backward, as gradients are made in the forward pass (8 N^2 D with reduction "none").
-    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward and for group.
+    group: ranks whose rows are one batch, a ProcessGroup or flashcl.Group: `flashcl.Group` says what comes back.
+    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward; RuntimeError on every
+    rank where ranks disagree or one does not answer.
     Numerics: within twice the error of the dense formula in the same dtype.
     Source: Zhai et al. 2023, algorithm 1.
     """
-    checks.embeddings(x=x, y=y)
+    checks.embeddings(group, x=x, y=y)
     checks.same_rows("x", x, "y", y, "each row has one positive")
     checks.one_of("reduction", reduction, REDUCTIONS)
-    checks.no_group(group)
-    scale = checks.scalar("logit_scale", logit_scale, x)
-    bias = checks.wide(checks.scalar("logit_bias", logit_bias, x), x)
-    x, y = prepare(normalize, x, y)
+    group = Group.of(group, reduction)
+    scale = parameter(checks.scalar("logit_scale", logit_scale, x), group)
+    bias = parameter(checks.wide(checks.scalar("logit_bias", logit_bias, x), x), group)
+    x, y = prepare(normalize, group, x, y)
 
     row = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    pairs = Pairs("different", (row,), (row,), partner=row.long())
+    pairs = Pairs("different", (row,), (row,), partner=row.long(), group=Group.name(group))
     loss = softplus_sum(
         x, y, scale, bias.expand(len(x)), pairs, per_row=reduction == "none", backend=dispatch.choose(backend, x)
     )
-    return checks.wide(loss / len(x) if reduction == "mean" else loss, x)
+    return reduce(loss, reduction, x, group)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
+from flashcl.engine.ranks import Group
 from flashcl.losses.common import prepare
 
 
@@ -20,7 +22,7 @@ def similarity_logsumexp(
     col_bias: Tensor | None = None,
     exclude: str | None = None,
     axis: str = "both",
-    group: object | None = None,
+    group: ProcessGroup | Group | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """row_lse_i = log sum_j exp(s_ij), col_lse_j = log sum_i exp(s_ij), s_ij = logit_scale <x_i, y_j> + row_bias_i + col_bias_j.
@@ -31,25 +33,27 @@ def similarity_logsumexp(
     input), nats. A row without pairs gives -inf.
     Gradients: x, y, logit_scale, row_bias, col_bias, first order. Memory O((N + M) D) and a bounded workspace; 8 N M D
     FLOPs forward and backward.
-    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward and for group.
+    group: ranks whose rows are one batch, a ProcessGroup or flashcl.Group: `flashcl.Group` says what comes back.
+    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward; RuntimeError on every
+    rank where ranks disagree or one does not answer.
     Numerics: within twice the error of the dense formula in the same dtype.
     Source: extra negatives, queues and several blocks with one denominator are logaddexp of several of these.
     """
-    checks.embeddings(x=x, y=y)
+    checks.embeddings(group, x=x, y=y)
     checks.vector("row_bias", row_bias, len(x), x)
     checks.vector("col_bias", col_bias, len(y), x)
     checks.one_of("exclude", exclude, (None, "diagonal"))
     checks.one_of("axis", axis, ("both", "rows", "cols"))
-    checks.no_group(group)
+    group = Group.of(group, reduction="none")
     scale = checks.scalar("logit_scale", logit_scale, x)
-    x, y = prepare(False, x, y)
+    x, y = prepare(False, group, x, y)
     if axis == "cols":  # the columns of S are the rows of its transpose
         x, y, row_bias, col_bias = y, x, col_bias, row_bias
 
-    pairs = Pairs()
+    pairs = Pairs(group=Group.name(group))
     if exclude == "diagonal":
         row_id, col_id = (torch.arange(len(v), dtype=torch.int32, device=x.device) for v in (x, y))
-        pairs = Pairs("different", (row_id,), (col_id,))
+        pairs = Pairs("different", (row_id,), (col_id,), group=Group.name(group))
     s = log_sum_exp(
         x, y, scale, row_bias, col_bias, pairs, need_cols=axis == "both", backend=dispatch.choose(backend, x)
     )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
-from flashcl.losses.common import REDUCTIONS, from_negatives, prepare, reduce
+from flashcl.engine.ranks import Group
+from flashcl.losses.common import REDUCTIONS, from_negatives, parameter, prepare, reduce
 
 
 def sup_con(
@@ -18,7 +20,7 @@ def sup_con(
     temperature: float | Tensor = 0.07,
     normalize: bool = False,
     reduction: str = "mean",
-    group: object | None = None,
+    group: ProcessGroup | Group | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """SupCon, "out" form: l_i = log sum_{j != i} exp(s_ij) - mean_{p in P(i)} s_ip, s = z z^T / temperature.
@@ -29,27 +31,27 @@ def sup_con(
     without a positive have loss 0 and do not count in the mean; without any anchor the mean is 0.
     Gradients: z, temperature, first order. Memory O(N D) and a bounded workspace; 4 N^2 D FLOPs forward and backward:
     S is symmetric, half of its tiles are computed.
-    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward and for group.
+    group: ranks whose rows are one batch, a ProcessGroup or flashcl.Group: `flashcl.Group` says what comes back.
+    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward; RuntimeError on every
+    rank where ranks disagree or one does not answer.
     Numerics: within twice the error of the dense formula in the same dtype; l_i = softplus(negatives - positives) + the
     spread of the positives, log sum_p exp(s_ip) - mean_p s_ip, keeps the digits of a converged anchor.
     Source: Khosla et al. 2020, eq. 2.
     """
-    checks.embeddings(z=z)
+    checks.embeddings(group, z=z)
     checks.labels(labels, len(z), z)
     checks.one_of("reduction", reduction, REDUCTIONS)
-    checks.no_group(group)
-    scale = checks.inverse_temperature(temperature, z)
-    (z,) = prepare(normalize, z)
+    group = Group.of(group, reduction)
+    scale = parameter(checks.inverse_temperature(temperature, z), group)
+    (z,) = prepare(normalize, group, z)
 
     labels = labels.long()
     row = torch.arange(len(z), dtype=torch.int32, device=z.device)
     vectors = (row, labels)
-    pairs = Pairs("by_label", vectors, vectors, labels=labels)
+    pairs = Pairs("by_label", vectors, vectors, labels=labels, group=Group.name(group))
     s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, backend=dispatch.choose(backend, z))
     alone = s.row_pos == -torch.inf
     # Filled before the arithmetic, not after: inf - inf of an anchor that does not count would make its gradient NaN.
     pos, gap = s.row_pos.masked_fill(alone, 0.0), s.row_gap.masked_fill(alone, 0.0)
     loss = (from_negatives(s.row_neg, pos) + gap).masked_fill(alone, 0.0)
-    if reduction == "mean":
-        loss, reduction = loss / (~alone).sum().clamp(min=1), "sum"
-    return reduce(loss, reduction, z)
+    return reduce(loss, reduction, z, group, count=(~alone).sum())

@@ -1,0 +1,317 @@
+"""The operations of a backend over all ranks of a group: rows of this rank against the columns of every rank.
+
+Each logit is computed once in the world, forward and backward. What a rank passes and gets back are its own lines:
+
+    sweep    log-sum-exps of its rows over all columns, of its columns over all rows
+    grad     given the coefficients of its rows and of its columns, the gradients of its rows and of its columns
+
+Statistics of columns merge by an all-reduce of O(N) numbers. A triangular problem is one line set against itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashcl.engine import blocks
+from flashcl.engine.blocks import Block
+from flashcl.engine.problem import Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
+from flashcl.engine.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class _World:
+    """A problem of which each rank holds some lines."""
+
+    ranks: Ranks
+    p: Problem  # of this rank, with ids that are unique in the world
+    sizes: list[int]  # rows of each rank
+    lines: list[int]  # columns of each rank
+    cols: tuple[Tensor, ...]  # (M of all ranks,) vectors of the program
+    col_bias: Tensor | None
+    col_center: Tensor | None
+
+    @staticmethod
+    def meet(what: str, p: Problem, group: str, **same) -> _World:
+        same |= {
+            "D": p.x.shape[1],
+            "dtype": str(p.x.dtype),
+            "program": p.program,
+            "x and y the same": p.triangular,
+            "row_bias given": p.row_bias is not None,
+            "col_bias given": p.col_bias is not None,
+            "logit_scale": p.logit_scale.item().hex(),  # as text: NaN is equal to NaN
+        }
+        ranks = Ranks(group, p.x.device, what, same, (len(p.x), len(p.y)))
+        sizes, lines = map(list, zip(*ranks.counts))
+        if not sum(sizes) or not sum(lines):
+            raise ValueError(f"no rank of the group has rows: counts are {ranks.counts}")
+        p = _with_ids_of_the_world(p, ranks)
+
+        def of_all(v):
+            return None if v is None else ranks.all_lines(v, lines)
+
+        cols = tuple(map(of_all, p.cols))
+        return _World(ranks, p, sizes, lines, cols, of_all(p.col_bias), of_all(p.center))
+
+    def share(self) -> blocks.Share:
+        return blocks.half(self.sizes) if self.p.triangular else blocks.everything(self.sizes, self.lines)
+
+    def at(self, block: Block) -> list[slice]:
+        """Where the pieces of a block lie among the columns of the world."""
+        starts = [0, *accumulate(self.lines)]
+        return [slice(starts[q] + at.start, starts[q] + at.stop) for q, at in block.pieces]
+
+    def own_lines(self) -> slice:
+        start = sum(self.lines[: self.ranks.rank])
+        return slice(start, start + self.lines[self.ranks.rank])
+
+    def own(self, block: Block) -> bool:
+        return block.pieces[0].rank == self.ranks.rank
+
+    def problem(self, block: Block) -> Problem:
+        if self.own(block):
+            return self.p
+        p, rows, at = self.p, block.rows, self.at(block)
+        return replace(
+            p,
+            x=p.x[rows],
+            y=block.y,
+            row_bias=_take(p.row_bias, [rows]),
+            col_bias=_take(self.col_bias, at),
+            rows=tuple(v[rows] for v in p.rows),
+            cols=tuple(_take(v, at) for v in self.cols),
+            center=_take(p.center, [rows]),
+            col_center=_take(self.col_center, at),
+            triangular=False,
+        )
+
+
+def _with_ids_of_the_world(p: Problem, ranks: Ranks) -> Problem:
+    """Lines of different ranks never have equal ids; lines of one rank that had equal ids keep them."""
+    if not p.rows:
+        return p
+    first = sum(max(counts) for counts in ranks.counts[: ranks.rank])
+    rows, cols = ((v[0] + first, *v[1:]) for v in (p.rows, p.cols))
+    return replace(p, rows=rows, cols=cols)
+
+
+def _take(v: Tensor | None, at: list[slice]) -> Tensor | None:
+    """The elements of v (..., n) in several slices, one after the other."""
+    return None if v is None else v[..., at[0]] if len(at) == 1 else torch.cat([v[..., i] for i in at], -1)
+
+
+def _put(v: Tensor, at: list[slice], values: Tensor) -> None:
+    for i, part in zip(at, values.split([i.stop - i.start for i in at], -1)):
+        v[..., i] = part
+
+
+# ---- sweep ---------------------------------------------------------------------------------------------------------------
+
+
+def sweep(backend: ModuleType, p: Problem, group: str, *, need_cols: bool) -> Statistics:
+    world = _World.meet("the statistics of a loss", p, group, symmetric=need_cols)
+    p, need_cols = world.p, need_cols or world.p.triangular
+    row, col = _no_pairs(p, len(p.x)), _no_pairs(p, sum(world.lines))
+    deviation, col_deviation = (None if p.center is None else torch.zeros(n, dtype=torch.float64, device=p.x.device)
+                                for n in (len(p.x), sum(world.lines)))  # fmt: skip
+    exchange = blocks.exchange(world.ranks, p.y, world.lines, world.share())
+    for block in exchange.walk():
+        if not len(block.y) or block.rows.start == block.rows.stop:
+            continue
+        s, at = backend.sweep(world.problem(block), need_cols=need_cols, keep=False), world.at(block)
+        _merge_(row, block.rows, s.row)
+        if s.col is not None:
+            _put(col.top, at, s.col.top)
+            _put(col.rest, at, s.col.rest)
+        if deviation is not None:
+            deviation[block.rows] += s.deviation
+            if s.col_deviation is not None:
+                _put(col_deviation, at, s.col_deviation)
+    if p.triangular:
+        _put(col.top, [world.own_lines()], row.top)
+        _put(col.rest, [world.own_lines()], row.rest)
+        row, deviation = _over_ranks(world, col), _sum_over_ranks(world, deviation, col_deviation)
+        return Statistics(row, None, deviation)
+    return Statistics(row, _over_ranks(world, col) if need_cols else None, deviation)
+
+
+def _no_pairs(p: Problem, n: int) -> LogSumExp:
+    return LogSumExp(*(torch.full((p.classes, n), -torch.inf, dtype=p.stat_dtype, device=p.x.device) for _ in range(2)))
+
+
+def _merge_(total: LogSumExp, at: slice, part: LogSumExp) -> None:
+    """total[:, at] becomes the log-sum-exp of itself and part."""
+    tops = torch.stack([total.top[:, at], part.top])
+    rests = torch.stack([total.rest[:, at], part.rest])
+    top = tops.amax(0)
+    total.rest[:, at] = _relative(tops, rests, top).sum(0).log().to(rests.dtype)
+    total.top[:, at] = top
+
+
+def _relative(top: Tensor, rest: Tensor, to: Tensor) -> Tensor:
+    """exp(top + rest - to), float64; inf - inf is 0 here."""
+    return torch.where(top == to, 1.0, torch.exp((top - to).double())) * rest.double().exp()
+
+
+def _over_ranks(world: _World, part: LogSumExp) -> LogSumExp:
+    """Log-sum-exps (K, M of all ranks) of the pairs of this rank become those of the lines of this rank over all pairs."""
+    # A maximum may pass over NaN, on some devices; a sum never does.
+    top = world.ranks.all_reduce_(part.top.nan_to_num(-torch.inf, torch.inf, -torch.inf), dist.ReduceOp.MAX)
+    total = world.ranks.all_reduce_(_relative(part.top, part.rest, top))
+    own = world.own_lines()
+    top, total = top[:, own], total[:, own]
+    return LogSumExp(torch.where(total.isnan(), torch.nan, top), total.log().to(top.dtype))
+
+
+def _sum_over_ranks(world: _World, own: Tensor | None, others: Tensor | None) -> Tensor | None:
+    if own is None:
+        return None
+    others[world.own_lines()] += own
+    return world.ranks.all_reduce_(others)[world.own_lines()]
+
+
+def sweep_softplus(backend: ModuleType, p: Problem, group: str) -> Tensor:
+    world = _World.meet("the sums of a loss", p, group)
+    total = torch.zeros(len(p.x), dtype=p.stat_dtype, device=p.x.device)
+    for block in blocks.exchange(world.ranks, p.y, world.lines, world.share()).walk():
+        if len(block.y) and len(p.x):
+            total += backend.sweep_softplus(world.problem(block))
+    return total
+
+
+# ---- grad ----------------------------------------------------------------------------------------------------------------
+
+
+def grad(
+    backend: ModuleType,
+    p: Problem,
+    c: Softmax | Sigmoid,
+    group: str,
+    *,
+    need_x: bool,
+    need_y: bool,
+    need_bias: bool,
+    need_scale: bool,
+) -> Grads:
+    needs = dict(need_x=need_x, need_y=need_y, need_bias=need_bias, need_scale=need_scale)
+    gradients = [name for name in needs if needs[name]]
+    world = _World.meet("the gradients of a loss", p, group, **{"gradients wanted": gradients})
+    p, lines = world.p, sum(world.lines)
+
+    def zeros(wanted, *shape, dtype=p.stat_dtype):
+        return torch.zeros(shape, dtype=dtype, device=p.x.device) if wanted else None
+
+    need_y = need_y and not p.triangular
+    dx, dy = zeros(need_x, *p.x.shape), zeros(need_y, *p.y.shape)
+    g_rows, g_cols = zeros(need_bias, len(p.x)), zeros(need_bias, lines)
+    d_scale = zeros(need_scale, dtype=torch.float64)
+    row_sum = zeros(isinstance(c, Sigmoid), len(p.x))
+
+    cols = None if isinstance(c, Sigmoid) else _coefficients_of_all(world, c)
+    home = dx if p.triangular else dy
+    if world.ranks.partial and isinstance(c, Sigmoid):
+        home = None  # other rows give this rank's columns no gradient
+    exchange = blocks.exchange(world.ranks, p.y, world.lines, world.share(), home)
+    for block in exchange.walk():
+        if not len(block.y) or block.rows.start == block.rows.stop:
+            continue
+        own, problem, at = world.own(block), world.problem(block), world.at(block)
+        for part, for_x, for_y in _parts(c if own else _part(c, cols, block.rows, at), own, world.ranks.partial):
+            g = backend.grad(problem, part, **needs | dict(need_x=need_x and for_x, need_y=_goes_home(own, home, dy) and for_y))
+            if g.dx is not None:
+                dx[block.rows] += g.dx
+            if g.dy is not None:
+                exchange.give_back(block, g.dy) if not own else dy.add_(g.dy)
+            if need_bias:
+                g_rows[block.rows] += g.g_rows
+                if g.g_cols is not None:
+                    _put(g_cols, at, _take(g_cols, at) + g.g_cols)
+            if need_scale:
+                d_scale += g.d_scale
+            if row_sum is not None:
+                row_sum += g.row_sum
+    if need_bias:
+        g_cols = world.ranks.all_reduce_(g_cols)[world.own_lines()]
+    return Grads(dx, dy, g_rows, g_cols, d_scale, row_sum)
+
+
+def _goes_home(own: bool, home: Tensor | None, dy: Tensor | None) -> bool:
+    return dy is not None if own else home is not None
+
+
+def _coefficients_of_all(world: _World, c: Softmax) -> Softmax:
+    """Those of the columns of all ranks; of a triangular problem the columns are the rows."""
+    side = (c.row_weight, c.row_lse, c.row_offset) if world.p.triangular else (c.col_weight, c.col_lse, c.col_offset)
+    weight, lse, offset = side
+    if weight is None:
+        return c
+
+    def of_all(v):
+        return None if v is None else world.ranks.all_lines(v, world.lines)
+
+    return replace(c, col_weight=of_all(weight), col_lse=LogSumExp(of_all(lse.top), of_all(lse.rest)), col_offset=of_all(offset))
+
+
+def _part(c: Softmax | Sigmoid, cols: Softmax | None, rows: slice, at: list[slice]) -> Softmax | Sigmoid:
+    """The coefficients of a block against columns of other ranks."""
+    if isinstance(c, Sigmoid):
+        return Sigmoid(c.row_weight[rows])
+    row_lse = LogSumExp(c.row_lse.top[:, rows], c.row_lse.rest[:, rows])
+    col_lse = None if cols.col_lse is None else LogSumExp(_take(cols.col_lse.top, at), _take(cols.col_lse.rest, at))
+    return Softmax(
+        c.row_weight[:, rows], row_lse, _take(cols.col_weight, at), col_lse,
+        _take(c.row_offset, [rows]), _take(cols.col_offset, at), c.about,
+    )  # fmt: skip
+
+
+def _parts(c: Softmax | Sigmoid, own: bool, partial: bool) -> list[tuple[Softmax | Sigmoid, bool, bool]]:
+    """The coefficients of each call of a backend, and whether its dx and its dy count.
+
+    "local_partial": lines of other ranks are constants to a loss. What rows lose goes to them, what columns lose to those.
+    """
+    if own or not partial:
+        return [(c, True, True)]
+    if isinstance(c, Sigmoid):
+        return [(c, True, False)]
+    row = replace(c, col_weight=None, col_lse=None, col_offset=None)
+    if c.col_weight is None:
+        return [(row, True, False)]
+    col = replace(c, row_weight=torch.zeros_like(c.row_weight), row_offset=None)
+    return [(row, True, False), (col, False, True)]
+
+
+# ---- sums over lines with equal labels -----------------------------------------------------------------------------------
+
+
+def labels_of_all(labels: Tensor, group: str) -> Tensor:
+    """The labels (n,) of every rank, in the order of ranks."""
+    ranks = Ranks(group, labels.device, "the labels", {"dtype of labels": str(labels.dtype)}, (len(labels),))
+    return ranks.all_lines(labels, [n for (n,) in ranks.counts])
+
+
+def label_blocks(x: Tensor, labels: Tensor, weights: Tensor, group: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """x (n, D), labels (n,) and weights (P, n) of every rank, block by block; those of this rank first."""
+    ranks = Ranks(group, x.device, "the sums of labels", {"D": x.shape[1], "dtype": str(x.dtype)}, (len(x),))
+    sizes = [n for (n,) in ranks.counts]
+    labels, weights = ranks.all_lines(labels, sizes), ranks.all_lines(weights, sizes)
+    starts = [0, *accumulate(sizes)]
+    for block in blocks.exchange(ranks, x, sizes, lambda r, q: (slice(0, 1), slice(0, sizes[q]))).walk():
+        at = [slice(starts[q] + i.start, starts[q] + i.stop) for q, i in block.pieces]
+        yield block.y, _take(labels, at), _take(weights, at)
+
+
+def agree_on(v: Tensor, what: str, group: str) -> None:
+    Ranks(group, v.device, "a comparison", {what: v.item().hex()}, ())
+
+
+def sum_over_ranks(v: Tensor, group: str) -> Tensor:
+    """v, a few numbers, summed over the ranks."""
+    ranks = Ranks(group, v.device, "a sum over ranks", {"shape": list(v.shape)}, ())
+    return ranks.all_reduce_(v.clone())

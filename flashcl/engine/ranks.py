@@ -1,0 +1,171 @@
+"""The ranks that share a batch: the one module that talks to torch.distributed.
+
+Inside operators a group travels as a string (`Group.encode`), since operators know tensors, numbers and strings.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+STRATEGIES = ("auto", "gather", "ring")
+CONVENTIONS = ("local_grad", "global_grad", "global", "global_scaled", "local_partial")
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks whose rows are one batch, and how they talk: losses take it, or a bare ProcessGroup, as `group`.
+
+    strategy: how rows of other ranks come here. "gather": chunks of all ranks at once, by all-gather; "ring": one rank's
+    rows a step, from the rank k further at step k; "auto": "gather" where the rows of all ranks fit one chunk, else "ring".
+    chunk_bytes: what one all-gather of "gather" brings here at most; two are in flight.
+    convention: what a loss with reduction="mean" returns on a rank and what its gradients mean, W ranks, N rows in all:
+
+        name            value on a rank          towers, averaged over ranks   logit_scale, bias, averaged
+        local_grad      W / N * sum of own rows  exact                         exact               (the default)
+        global_grad     global mean              exact                         exact
+        global          global mean              exact / W                     exact
+        global_scaled   W * global mean          exact                         exact * W
+        local_partial   W / N * sum of own rows  none through others' rows     exact
+
+    The others are what libraries do that flashcl stands in for; "local_partial" is biased.
+    Raises ValueError for an unknown strategy or convention.
+    """
+
+    process_group: dist.ProcessGroup
+    strategy: str = "auto"
+    convention: str = "local_grad"
+    chunk_bytes: int = 32 * 2**20
+
+    def __post_init__(self):
+        for name, allowed in (("strategy", STRATEGIES), ("convention", CONVENTIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        if self.chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
+
+    @staticmethod
+    def of(group: Group | dist.ProcessGroup | None, reduction: str = "mean") -> Group | None:
+        """The argument `group` of a loss."""
+        if group is None:
+            return None
+        if not isinstance(group, Group) and not hasattr(group, "group_name"):  # inside torch.compile it is of another type
+            raise TypeError(f"group must be a torch.distributed ProcessGroup or a flashcl.Group, got {type(group).__name__}")
+        group = group if isinstance(group, Group) else Group(group)
+        if group.convention.startswith("global") and reduction != "mean":
+            raise ValueError(f'convention {group.convention!r} is for reduction="mean", got {reduction!r}')
+        return group
+
+    @staticmethod
+    def name(group: Group | None) -> str:
+        """`group` for an operator."""
+        return "" if group is None else group.encode()
+
+    def encode(self) -> str:
+        partial = "partial" if self.convention == "local_partial" else "whole"
+        return "\n".join([self.process_group.group_name, self.strategy, partial, str(self.chunk_bytes)])
+
+
+_meetings = defaultdict(itertools.count)  # group name -> numbers of its meetings
+
+
+class Ranks:
+    """All ranks of a group, met for one operation: each says what it brings, and all see that they fit together."""
+
+    def __init__(self, encoded: str, device: torch.device, what: str, same: dict, counts: tuple[int, ...]):
+        """`same` must be equal on all ranks; `counts` may differ, and become `self.counts`, one tuple per rank."""
+        name, self.strategy, partial, chunk_bytes = encoded.split("\n")
+        self.partial, self.chunk_bytes = partial == "partial", int(chunk_bytes)
+        self.group = dist.distributed_c10d._resolve_process_group(name)
+        self.rank, self.size, self.device = self.group.rank(), self.group.size(), device
+        self.what = f"{what}, number {next(_meetings[name])} in this group"
+        said = self._say({"operation": self.what, "strategy": self.strategy, "partial": partial} | same, counts)
+        first, _ = said[0]
+        for rank, (facts, _) in enumerate(said):
+            if differ := [key for key in first | facts if first.get(key) != facts.get(key)]:
+                there, here = (", ".join(f"{key} {known.get(key)!r}" for key in differ) for known in (facts, first))
+                raise RuntimeError(f"flashcl: the ranks of a group must agree ({self.what}). Rank {rank} has {there}; rank 0 has {here}")
+        self.counts = [tuple(counts) for _, counts in said]
+
+    # A message of one size, whatever a rank has to say: so ranks that disagree still understand each other.
+    _MESSAGE = 1024
+
+    def _say(self, same: dict, counts: tuple[int, ...]) -> list:
+        text = json.dumps([same, counts]).encode()
+        assert len(text) <= self._MESSAGE
+        mine = torch.tensor(list(text.ljust(self._MESSAGE)), dtype=torch.uint8, device=self.device)
+        said = self.all_gather(mine, what="what each rank brings").view(self.size, -1).cpu()
+        try:
+            return [json.loads(bytes(row.tolist())) for row in said]
+        except ValueError:
+            raise RuntimeError(
+                f"flashcl: in {self.what} rank {self.rank} met another collective operation than its own: "
+                "each rank must call the same losses, forward and backward, in the same order"
+            ) from None
+
+    @contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"flashcl: rank {self.rank} of {self.size} waited in vain for {what} ({self.what}). A rank has died, "
+                f"stalled, raised an error of its own, or has called another number of losses. {error}"
+            ) from error
+
+    # ---- collectives, of which every rank takes part
+
+    def all_gather(self, x: Tensor, *, what: str = "rows") -> Tensor:
+        """x (n, ...), of one shape on all ranks, of all ranks one after the other: (W n, ...)."""
+        out = x.new_empty(self.size * len(x), *x.shape[1:])
+        self.wait(self.start_all_gather(out, x, what), what)
+        return out
+
+    def start_all_gather(self, out: Tensor, x: Tensor, what: str = "rows"):
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the older name, torch < 2.13
+        with self._waiting(what):
+            return gather(out, x, group=self.group, async_op=True)
+
+    def start_reduce_scatter(self, out: Tensor, x: Tensor, what: str = "gradients"):
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        with self._waiting(what):
+            return scatter(out, x, group=self.group, async_op=True)
+
+    def all_reduce_(self, x: Tensor, op=dist.ReduceOp.SUM, *, what: str = "statistics") -> Tensor:
+        with self._waiting(what):
+            dist.all_reduce(x, op, group=self.group)
+        return x
+
+    def start_exchange(self, sends: list[tuple[int, Tensor]], receives: list[tuple[int, Tensor]], what: str = "rows") -> list:
+        """Sends to and receives from ranks of the group, at once; what is empty is left out on both sides."""
+        ops = [
+            dist.P2POp(op, tensor, group=self.group, group_peer=rank)
+            for op, batch in ((dist.isend, sends), (dist.irecv, receives))
+            for rank, tensor in batch
+            if tensor.numel()
+        ]
+        with self._waiting(what):
+            return dist.batch_isend_irecv(ops) if ops else []
+
+    def wait(self, work, what: str = "rows") -> None:
+        with self._waiting(what):
+            for w in work if isinstance(work, list) else [work]:
+                w.wait()
+
+    # ---- vectors of which each rank has its own lines
+
+    def all_lines(self, v: Tensor, sizes: list[int]) -> Tensor:
+        """v (..., n_r) of every rank, in the order of ranks: (..., sum of sizes)."""
+        longest = max(sizes)
+        padded = v.new_zeros(longest, *v.shape[:-1])
+        padded[: v.shape[-1]] = v.movedim(-1, 0)
+        lines = self.all_gather(padded, what="vectors").view(self.size, longest, *v.shape[:-1])
+        return torch.cat([part[:n] for part, n in zip(lines, sizes)]).movedim(0, -1)

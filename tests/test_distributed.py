@@ -1,0 +1,315 @@
+"""Losses over the rows of several ranks: gloo on loopback, worlds of 1 to 4 processes, all cases of a world in one spawn."""
+
+import functools
+import os
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.parallel import DistributedDataParallel
+from world import in_the_world, run_world
+
+import flashcl
+from flashcl.contract import LOSSES, case, evaluate, violations
+from flashcl.engine.ranks import CONVENTIONS
+
+WORLDS = (1, 2, 3, 4)
+DOUBLE, SINGLE, BF16 = torch.float64, torch.float32, torch.bfloat16
+D = 16
+
+
+def counts_of(kind: str, world: int) -> list[int]:
+    """Rows of each rank."""
+    return {
+        "even": [12] * world,
+        "uneven": [23, 1, 7, 10][:world],
+        "one empty": [0, 11, 13, 9][:world] if world > 1 else [11],
+    }[kind]
+
+
+def world_group(strategy="auto", **options):
+    """Chunks of three lines of each rank: several of them, and a ragged last one."""
+    return flashcl.Group(dist.group.WORLD, strategy=strategy, chunk_bytes=3 * dist.get_world_size() * D * 4, **options)
+
+
+# ---- the contract: the world is as good as one process -------------------------------------------------------------------
+
+
+def holds(loss, counts, dtype, strategy, regime="init", **options) -> list[str]:
+    c = case(loss, regime, n=sum(counts), d=D, **options)
+    function = in_the_world(getattr(flashcl, c.function), counts, world_group(strategy))
+    if dist.get_rank() == 0:
+        return [str(finding) for finding in violations(c, dtype, function=function)]
+    evaluate(function, c.to(dtype))  # the other ranks do their share
+    return []
+
+
+def contract_cases():
+    for loss in LOSSES:
+        for kind in ("even", "uneven", "one empty"):
+            for strategy in ("ring", "gather"):
+                for dtype in (DOUBLE, SINGLE):
+                    yield f"{loss}-{kind}-{strategy}-{str(dtype)[6:]}", loss, kind, dtype, strategy, {}
+        yield f"{loss}-converged-bfloat16", loss, "uneven", BF16, "ring", dict(regime="converged")
+        if not loss.startswith("logsumexp"):
+            for reduction in ("none", "sum"):
+                yield f"{loss}-{reduction}", loss, "uneven", DOUBLE, "ring", dict(reduction=reduction)
+
+
+# ---- real training loops -------------------------------------------------------------------------------------------------
+
+
+def towers_under_ddp(rank, world) -> list[str]:
+    """The gradients of DistributedDataParallel are those of one process with the whole batch."""
+    torch.manual_seed(0)
+    counts = counts_of("uneven", world)
+    data = torch.randn(sum(counts), 9, dtype=DOUBLE)
+    model = torch.nn.ModuleDict(dict(a=torch.nn.Linear(9, D), b=torch.nn.Linear(9, D), loss=flashcl.SigLIPLoss())).double()
+
+    class Step(torch.nn.Module):
+        def __init__(self, group):
+            super().__init__()
+            self.towers, self.loss = model, flashcl.SigLIPLoss(group=group).double()
+
+        def forward(self, rows):
+            return self.loss(self.towers["a"](rows), self.towers["b"](rows))
+
+    alone = Step(None)
+    alone(data).backward()
+    expected = [p.grad.clone() for p in alone.parameters() if p.grad is not None]
+    model.zero_grad()
+    del model["loss"]
+    ddp = DistributedDataParallel(Step(dist.group.WORLD))
+    start = sum(counts[:rank])
+    ddp(data[start : start + counts[rank]]).backward()
+    got = [p.grad for p in ddp.parameters()]
+    assert len(got) == len(expected) == 6
+    return [f"{a} {b}" for a, b in zip(got, expected) if not torch.allclose(a, b, rtol=1e-10, atol=1e-14)]
+
+
+def frozen_tower(rank, world) -> list[str]:
+    """A tower without gradient changes nothing for the other, and nothing of it travels back."""
+    x, y = (torch.randn(6, D, dtype=DOUBLE, generator=torch.Generator().manual_seed(k + rank)) for k in (0, 50))
+    gradients = []
+    for frozen in (False, True):
+        a, b = x.clone().requires_grad_(), y.clone().requires_grad_(not frozen)
+        flashcl.info_nce(a, b, temperature=0.2, group=world_group("ring")).backward()
+        gradients.append(a.grad)
+        assert (b.grad is None) == frozen
+    return [] if torch.equal(*gradients) else [f"{gradients}"]
+
+
+def compiled(rank, world) -> list[str]:
+    """Under torch.compile as one graph: the same loss and the same gradients, bit by bit."""
+    wrong, group = [], dist.group.WORLD
+    calls = {
+        "info_nce": lambda x, y, t: flashcl.info_nce(x, y, temperature=t, group=group),
+        "siglip": lambda x, y, t: flashcl.siglip(x, y, logit_scale=1 / t, logit_bias=-t, group=group),
+        "nt_xent": lambda x, y, t: flashcl.nt_xent(x, y, temperature=t, group=group),
+        "sup_con": lambda x, y, t: flashcl.sup_con(x + y, torch.arange(len(x)) // 3, temperature=t, group=group),
+    }
+    for name, call in calls.items():
+        generator = torch.Generator().manual_seed(rank)
+        x, y = (torch.randn(7, D, generator=generator).requires_grad_() for _ in range(2))
+        t = torch.tensor(0.3, requires_grad=True)
+        results = []
+        for f in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+            loss = f(x, y, t)
+            results.append([loss, *torch.autograd.grad(loss, (x, y, t))])
+        wrong += [f"{name}: {a} {b}" for a, b in zip(*results) if not torch.equal(a, b)]
+        wrong += [f"{name}: no gradient" for g in results[1][1:] if not g.any()]
+    return wrong
+
+
+def deterministic(rank, world) -> list[str]:
+    """The same inputs give the same bits, and every rank's d(logit_scale) is its own share of them."""
+    generator = torch.Generator().manual_seed(rank)
+    x, y = (torch.randn(9, D, generator=generator).requires_grad_() for _ in range(2))
+    runs = []
+    for _ in range(3):
+        loss = flashcl.info_nce(x, y, temperature=0.1, group=world_group("ring"))
+        runs.append([loss, *torch.autograd.grad(loss, (x, y))])
+    return [f"{a} {b}" for run in runs[1:] for a, b in zip(runs[0], run) if not torch.equal(a, b)]
+
+
+# ---- the conventions of other libraries ----------------------------------------------------------------------------------
+
+
+def conventions(rank, world) -> list[str]:
+    """The table of flashcl.Group, against one process."""
+    counts, wrong = counts_of("uneven", world), []
+    x, y = (torch.randn(sum(counts), D, dtype=DOUBLE, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+
+    def run(group, rows):
+        a, b, t = x[rows].clone().requires_grad_(), y[rows].clone().requires_grad_(), torch.tensor(5.0, dtype=DOUBLE).requires_grad_()
+        loss = flashcl.info_nce(a, b, logit_scale=t, group=group)
+        loss.backward()
+        return loss.detach(), a.grad, b.grad, t.grad
+
+    value, dx, dy, dt = run(None, slice(None))
+    for name in CONVENTIONS:
+        if name == "local_partial":
+            continue
+        loss, da, db, ds = run(world_group(convention=name), rows)
+        mean = loss.clone()
+        dist.all_reduce(mean)
+        dist.all_reduce(ds)
+        towers = {"global": 1 / world}.get(name, 1.0)
+        scale = {"global_scaled": float(world)}.get(name, 1.0)
+        values = {"local_grad": mean / world, "global_scaled": loss / world}.get(name, loss)
+        for what, got, expected in (
+            ("value", values, value),
+            ("dx", da / world, dx[rows] * towers),
+            ("dy", db / world, dy[rows] * towers),
+            ("dt", ds / world, dt * scale),
+        ):
+            if not torch.allclose(got, expected, rtol=1e-10, atol=1e-14):
+                wrong.append(f"{name} {what}: {got} is not {expected}")
+    return wrong
+
+
+def own_slot_only(rank, world) -> list[str]:
+    """local_partial: what others' rows are is a constant, as in a gather without gradients that puts the own rows back in."""
+    wrong, n = [], 5
+    x, y = (torch.randn(n * world, D, dtype=DOUBLE, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    rows, target = slice(n * rank, n * rank + n), torch.arange(n * rank, n * rank + n)
+
+    def clip(a, b, all_a, all_b):
+        return (cross_entropy(4 * a @ all_b.T, target) + cross_entropy(4 * b @ all_a.T, target)) / 2
+
+    def siglip(a, b, all_a, all_b):
+        sign = -torch.ones(n, n * world, dtype=DOUBLE)
+        sign[torch.arange(n), target] = 1
+        return -logsigmoid(sign * (4 * a @ all_b.T - 1)).sum() / n
+
+    group = world_group("ring", convention="local_partial")
+    ours = {
+        clip: lambda a, b: flashcl.info_nce(a, b, logit_scale=4.0, group=group),
+        siglip: lambda a, b: flashcl.siglip(a, b, logit_scale=4.0, logit_bias=-1.0, group=group),
+    }
+    for formula, call in ours.items():
+        a, b = x[rows].clone().requires_grad_(), y[rows].clone().requires_grad_()
+        all_a, all_b = (torch.cat([v[: rows.start], own, v[rows.stop :]]) for v, own in ((x, a), (y, b)))
+        expected = formula(a, b, all_a, all_b)
+        expected = expected, *torch.autograd.grad(expected, (a, b))
+        loss = call(a, b)
+        got = loss, *torch.autograd.grad(loss, (a, b))
+        wrong += [f"{formula.__name__}: {p} {q}" for p, q in zip(got, expected) if not torch.allclose(p, q, rtol=1e-10, atol=1e-14)]
+    return wrong
+
+
+# ---- faults: every rank gets an error that names what differed -----------------------------------------------------------
+
+
+def refused(call, *words) -> list[str]:
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return [f"{word!r} is not in: {error}" for word in words if word not in str(error)]
+    return [f"no error that says {words}"]
+
+
+def disagreements(rank, world) -> list[str]:
+    """One rank, the last, differs: each rank is told in what. Afterwards the group works as before."""
+    if world == 1:
+        return []
+    odd, group = rank == world - 1, dist.group.WORLD
+
+    def leaf(d=D, dtype=DOUBLE):
+        return torch.ones(4, d, dtype=dtype).requires_grad_()
+
+    def info_nce(x, y=None, temperature=0.5, **options):
+        return flashcl.info_nce(x, leaf(x.shape[1], x.dtype) if y is None else y, temperature=temperature, group=group, **options)
+
+    wrong = refused(lambda: info_nce(leaf(D + odd)), "agree", f"D {D + 1}", f"D {D}")
+    wrong += refused(lambda: info_nce(leaf(dtype=SINGLE if odd else DOUBLE)), "agree", "dtype 'torch.float32'")
+    wrong += refused(lambda: info_nce(leaf(), temperature=0.25 if odd else 0.5), "agree", "logit_scale")
+    wrong += refused(lambda: info_nce(leaf(), symmetric=not odd), "agree", "symmetric False", "symmetric True")
+    other = lambda: flashcl.nt_xent(leaf(), leaf(), temperature=0.5, group=group)  # noqa: E731
+    wrong += refused(other if odd else lambda: info_nce(leaf()), "agree", "x and y the same True")
+    strategy = flashcl.Group(group, strategy="gather" if odd else "ring")
+    wrong += refused(lambda: flashcl.info_nce(leaf(), leaf(), temperature=1.0, group=strategy), "agree", "strategy 'gather'")
+    frozen = info_nce(leaf().detach() if odd else leaf())
+    wrong += refused(frozen.backward, "agree", "gradients wanted", "need_x")
+    ahead = info_nce(leaf())
+    wrong += refused((lambda: info_nce(leaf())) if odd else ahead.backward, "agree", "operation 'the gradients", "operation 'the statistics")
+    loss = flashcl.siglip(leaf(), leaf(), logit_scale=1.0, logit_bias=0.0, group=group) * (2.0 if odd else 1.0)
+    wrong += refused(loss.backward, "upstream gradient", 'reduction="none"')
+    wrong += refused(lambda: info_nce(leaf()[:0], leaf()[:0]), "no rank of the group has rows")
+    if odd:
+        dist.all_gather([torch.empty(1024, dtype=torch.uint8) for _ in range(world)], torch.full((1024,), 7, dtype=torch.uint8))
+    else:
+        wrong += refused(lambda: info_nce(leaf()), "another collective operation")
+    # That meeting was no flashcl call on the odd rank, so that its number is one behind: told, not passed over.
+    wrong += refused(lambda: info_nce(leaf()), "agree", "operation", "number")
+    return wrong
+
+
+def a_rank_stalls(rank, world) -> list[str]:
+    group = dist.new_group(timeout=timedelta(seconds=2))
+    if world == 1 or rank == world - 1:
+        return []
+    start, x = time.monotonic(), torch.ones(3, D)
+    wrong = refused(lambda: flashcl.info_nce(x, x, temperature=1.0, group=group), "waited in vain", f"rank {rank} of {world}")
+    took = time.monotonic() - start
+    return wrong + [f"it took {took} s"] * (took > 20)
+
+
+def a_rank_dies(rank, world) -> list[str]:
+    x = torch.ones(3, D)
+    flashcl.info_nce(x, x, temperature=1.0, group=dist.group.WORLD)
+    if rank == 1:
+        os._exit(0)
+    start = time.monotonic()
+    wrong = refused(lambda: flashcl.info_nce(x, x, temperature=1.0, group=dist.group.WORLD), "waited in vain", f"rank {rank}")
+    return wrong + [f"it took {time.monotonic() - start} s"] * (time.monotonic() - start > 30)
+
+
+# ---- one spawn per world -------------------------------------------------------------------------------------------------
+
+OTHERS = {
+    f.__name__: f
+    for f in (towers_under_ddp, frozen_tower, compiled, deterministic, conventions, own_slot_only, a_rank_stalls, disagreements)
+}
+
+
+def everything(rank, world) -> dict[str, list[str]]:
+    wrong = {}
+    for name, loss, kind, dtype, strategy, options in contract_cases():
+        wrong[name] = holds(loss, counts_of(kind, world), dtype, strategy, **options)
+    return wrong | {name: function(rank, world) for name, function in OTHERS.items()}
+
+
+@functools.cache
+def results(world: int) -> list[dict[str, list[str]]]:
+    return run_world(world, everything)
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in contract_cases()] + list(OTHERS))
+@pytest.mark.parametrize("world", WORLDS)
+def test_world(world, name):
+    assert [f"rank {rank}: {message}" for rank, wrong in enumerate(results(world)) for message in wrong[name]] == []
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others():
+    wrong = run_world(3, a_rank_dies, survivors=True)
+    assert [w for w in wrong if w is not None] == [[], []]
+
+
+def test_the_comparison_can_fail():
+    """A loss of the ranks' own rows only, without the rows of the others, is no loss of the world."""
+    wrong = run_world(2, negatives_forgotten)[0]
+    assert any("value" in w for w in wrong) and any("grad x" in w for w in wrong)
+
+
+def negatives_forgotten(rank, world) -> list[str]:
+    c = case("info_nce", "init", n=24, d=D)
+    function = in_the_world(lambda group, **arguments: flashcl.info_nce(**arguments), [12, 12], None)
+    if rank == 0:
+        return [str(finding) for finding in violations(c, DOUBLE, function=function)]
+    evaluate(function, c)
+    return []
