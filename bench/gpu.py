@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 SOURCES = ("flashcl", "triton_kernels", "csrc", "tests", "bench/*.py", "setup.py", "pyproject.toml")
 KERNELS = ("cuda", "triton")
-UNTIL = dict(build=0.2, tests=0.6, sanitizer=0.75, bench=0.97)  # each stage ends at this share of the time
+UNTIL = dict(build=0.15, tests=0.5, sanitizer=0.62, bench=0.97)  # each stage ends at this share of the time
 FLASHCL = [sys.executable, "-c", "import sys; from flashcl.cli import main; sys.exit(main())"]
 
 
@@ -166,8 +166,9 @@ class Check:
     def bench(self) -> None:
         left = self.start + self.seconds * UNTIL["bench"] - time.monotonic()
         self.take_up("gpu-bench.json")
-        options = ["--out", self.out / "gpu-bench.json", "--resume", "--part", self.part, "--time-limit", max(0, 0.7 * left)]
-        code, _ = self.run("bench", [*FLASHCL, "bench", "--suite", "core", *options])
+        which = ["--suite", "core", "--mode", "full", "--part", self.part]
+        keep = ["--out", self.out / "gpu-bench.json", "--resume", "--time-limit", max(1, 0.7 * left)]
+        code, _ = self.run("bench", [*FLASHCL, "bench", *which, *keep])
         left_over = {None: "not finished", 3: "not finished"}
         self.state["bench"] = "done" if code == 0 else left_over.get(code, f"failed with code {code}: see gpu-log.txt")
         self.save()

@@ -110,7 +110,7 @@ def scaling(rows: list[Row]) -> Figure:
         axes(time, title, "N (rows of S)", "ms (median, 20 to 80 %)", some, "n")
         axes(memory, title, "N (rows of S)", "peak extra memory, MiB", some, "n")
         absent(time, some)
-        memory.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        legend(memory)
     return figure
 
 
@@ -171,6 +171,11 @@ def axes(ax, title: str, xlabel: str, ylabel: str, rows: list[Row], x: str | Non
             ax.set_yscale("log")
 
 
+def legend(ax) -> None:
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def most_common(rows: list[Row], loss: str, fixed: str, varied: str) -> int:
     """The value of `fixed` at which a loss was measured for the most values of `varied`."""
     seen = defaultdict(set)
@@ -193,8 +198,7 @@ def widths(rows: list[Row]) -> Figure:
         draw(ax, some, "d", lambda row: tuple(100 * row.floor_ms / ms for ms in (row.ms, row.ms_20, row.ms_80)))
         axes(ax, f"{loss}, N = {n:,}, {rows[0].dtype}, forward and backward", "D", "% of the matrix rate", some, "d")
         ax.set_ylim(0, None)
-        if any(row.status == "ok" for row in some):
-            ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+        legend(ax)
     for ax in panels[len(losses) :]:
         ax.set_visible(False)
     return figure
@@ -232,7 +236,7 @@ def roofline(rows: list[Row], bandwidth: float) -> Figure:
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_ylim(min(peak * left / ridge, *(row.tflops for row in measured)) / 1.5, 2 * peak)
-    ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    legend(ax)
     return figure
 
 

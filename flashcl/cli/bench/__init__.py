@@ -84,10 +84,15 @@ def run(args) -> int:
     if args.device == "cuda" and not torch.cuda.is_available():
         print("--device cuda: torch finds no CUDA GPU here", file=sys.stderr)
         return 2
+    try:
+        jobs = workloads(args)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     device = default_device() if args.device == "auto" else torch.device(args.device)
     old = Results.load(args.compare) if args.compare else None
     found = _begin(args, device)
-    code = _measure_all(args, device, found)
+    code = _measure_all(args, jobs, device, found)
     for line in results.skipped(found.rows):
         print(f"skipped: {line}")
     return code or (_compare(found, old, args.fail_if_regression) if old else 0)
@@ -119,12 +124,11 @@ def _begin(args, device: torch.device) -> Results:
     return found
 
 
-def _measure_all(args, device: torch.device, found: Results) -> int:
+def _measure_all(args, asked: list[Workload], device: torch.device, found: Results) -> int:
     """Measures, prints and saves one workload after the other; the exit code."""
     warnings.filterwarnings("ignore", module="torch")  # what torch.compile says of itself
-    done = {row.key for row in found.rows}
-    asked = list(itertools.product(args.mode, args.provider))
-    jobs = [w for w in workloads(args) if not {(*astuple(w), *pair) for pair in asked} <= done]
+    done, each = {row.key for row in found.rows}, list(itertools.product(args.mode, args.provider))
+    jobs = [work for work in asked if not {(*astuple(work), *pair) for pair in each} <= done]
     started = time.monotonic()
     for k, work in enumerate(jobs):
         if args.time_limit and time.monotonic() - started > args.time_limit:

@@ -7,6 +7,7 @@ pairs in float64 would, it runs in float32.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,8 +37,8 @@ class Exact:
             if name in out:
                 mine = out[name][self.rows[name]] if name in self.rows else out[name]
                 size = self.magnitudes.get(name) or value.norm().item()
-                error = (mine.to(value.dtype) - value).norm().item() / size
-                found[name] = error if error == error else float("inf")
+                error = (mine.to(value.dtype) - value).norm().item()
+                found[name] = error / size if size and math.isfinite(error) else 0.0 if error == 0 else math.inf
         return found
 
 

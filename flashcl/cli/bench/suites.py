@@ -32,6 +32,10 @@ class Workload:
     d: int
     dtype: str  # "float32", ...
 
+    def __post_init__(self):
+        if self.loss == "nt_xent" and self.n % 2:
+            raise ValueError(f"nt_xent has two rows for each pair: N must be even, got {self.n}")
+
     def __str__(self) -> str:
         return f"{self.loss} {self.n:,} x {self.d} {self.dtype}"
 
