@@ -148,10 +148,10 @@ class Check:
                 name = f"{backend} {check}"
                 if self.state["sanitizer"].get(name) == "clean":
                     continue
-                if tool is None:
-                    self.state["sanitizer"][name] = "not run: compute-sanitizer is not here"
-                elif reason := self.not_usable(backend):
+                if reason := self.not_usable(backend):
                     self.state["sanitizer"][name] = f"nothing to check: {reason}"
+                elif tool is None:
+                    self.state["sanitizer"][name] = "not run: compute-sanitizer is not here"
                 else:
                     watch = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "bench/small_shapes.py", backend]
                     # Without PyTorch's cache an access beyond a tensor is one beyond its allocation.
@@ -264,15 +264,21 @@ def sanitized(code: int | None, text: str) -> str:
 
 
 def bench_lines(path: Path) -> list[str]:
-    """Forward and backward of every workload, one line for each provider that was measured or failed."""
-    if not path.exists():
-        return []
-    from flashcl.cli.bench.results import HEADER, Results, line
-    from flashcl.cli.report import table
+    """Forward and backward of every workload, one line for each provider that was measured or failed.
 
-    rows = [row for row in Results.load(path).rows if row.mode == "full" and row.status != "skipped"]
-    cells = [[f"{row.work} {row.provider}", *line(row)[1:]] for row in rows]
-    return table(["", *HEADER], cells).splitlines() if cells else []
+    From the file alone: a package that this call has installed is not seen by the process that did it.
+    """
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    lines = []
+    for row in rows:
+        name = f"{row['loss']} {row['n']:,} x {row['d']} {row['dtype']}".ljust(38) + row["provider"].ljust(18)
+        if row["status"] == "ok":
+            rate, floor = row["tflops"] / row["matrix_tflops"], row["ms"] / row["floor_ms"]
+            speed = f"{row['ms']:10.3f} ms {row['tflops']:8.3g} TFLOP/s {rate:5.0%} of the matrix rate {floor:6.2f} x floor"
+            lines.append(f"{name}{speed} {row['extra_mib']:8,.0f} MiB")
+        elif row["status"] != "skipped":
+            lines.append(f"{name}{row['status']} {row['note']}"[:150])
+    return lines
 
 
 if __name__ == "__main__":

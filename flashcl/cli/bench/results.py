@@ -86,7 +86,7 @@ HEADER = ["ms", "20 %", "80 %", "useful TFLOP/s", "% of matrix rate", "x floor",
 
 def show(rows: list[Row]) -> str:
     """The rows of one workload: a line for each provider and mode, and how fast the machine multiplies matrices."""
-    lines = [line(row) for row in rows if row.status != "skipped"]
+    lines = [_line(row) for row in rows if row.status != "skipped"]
     if not lines:
         return "no provider is here"
     notes = [f"{row.provider}: {row.note}" for row in rows if row.status == "ok" and row.note]
@@ -95,7 +95,7 @@ def show(rows: list[Row]) -> str:
     return "\n".join([table([f"{rows[0].work}", *HEADER], lines), *dict.fromkeys(notes)])
 
 
-def line(row: Row) -> list[str]:
+def _line(row: Row) -> list[str]:
     name = f"{row.provider} {row.mode}"
     if row.status != "ok":
         return [name, {"oom": "out of memory"}.get(row.status, f"{row.status}: {row.note}")]
