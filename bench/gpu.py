@@ -1,11 +1,11 @@
-"""The whole check of a GPU in one command: build, contract tests, sanitizer, the core table of the benchmark, a summary.
+"""The whole check of a GPU in one command: build, contract tests, sanitizer, core table of the benchmark, summary.
 
     make gpu-all                     at most 9 minutes
     make gpu-all PART=2/3            a third of the tests and workloads
     make gpu-all MINUTES=4           for shorter slots: what is not done by then is left for the next call
 
 Results go to $OUT if it is set, else to bench/results. A call goes on from what it finds in either, as long as device,
-versions and sources are the same. Exit code 0: all done, all right; 1: something failed; 2: no GPU; 3: something is left.
+versions and sources are the same. Exit code 0: all is right; 1: something failed; 2: no GPU; 3: something is left.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Check:
         process = subprocess.Popen(
             [str(word) for word in command],
             cwd=ROOT,
-            env=os.environ | dict(PYTHONUNBUFFERED="1") | environment,
+            # The folder triton_kernels must not shadow a package of that name.
+            env=os.environ | dict(PYTHONUNBUFFERED="1", PYTHONSAFEPATH="1") | environment,
             stdout=self.log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -129,7 +130,15 @@ class Check:
         return code == 0
 
     def tests(self) -> None:
-        pytest = [sys.executable, "-c", "import sys, pytest; sys.exit(pytest.main())", "-p", "no:cacheprovider", "-m", "gpu"]
+        pytest = [
+            sys.executable,
+            "-c",
+            "import sys, pytest; sys.exit(pytest.main())",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "gpu",
+        ]
         _, text = self.run("tests", [*pytest, "--collect-only", "-q"])
         found = [line for line in text.splitlines() if re.match(r"tests/\S+\.py::", line)]
         outcomes = self.state["tests"]
@@ -153,7 +162,16 @@ class Check:
                 elif tool is None:
                     self.state["sanitizer"][name] = "not run: compute-sanitizer is not here"
                 else:
-                    watch = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "bench/small_shapes.py", backend]
+                    watch = [
+                        tool,
+                        "--tool",
+                        check,
+                        "--error-exitcode",
+                        "9",
+                        sys.executable,
+                        "bench/small_shapes.py",
+                        backend,
+                    ]
                     # Without PyTorch's cache an access beyond a tensor is one beyond its allocation.
                     code, text = self.run("sanitizer", watch, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
                     self.state["sanitizer"][name] = sanitized(code, text)
@@ -200,7 +218,9 @@ class Check:
         for title, items in (("FAILED", failed), ("left", left)):
             lines += [f"{title}: {item}" for item in items[:6]]
             lines += [f"{title}: {len(items) - 6} more"] if len(items) > 6 else []
-        lines.append(f"{len(failed)} failed, {len(left)} left after {time.monotonic() - self.start:.0f} s; files in {self.out}")
+        lines.append(
+            f"{len(failed)} failed, {len(left)} left after {time.monotonic() - self.start:.0f} s; files in {self.out}"
+        )
         (self.out / "gpu-summary.txt").write_text("\n".join(lines) + "\n")
         print("\n".join(lines))
         return 1 if failed else 3 if left else 0
@@ -254,10 +274,14 @@ def backend_of(test: str) -> str:
 
 
 def sanitized(code: int | None, text: str) -> str:
-    """"clean" only where the program came to its end and the tool says that it found nothing."""
+    """ "clean" only where the program came to its end and the tool says that it found nothing."""
     if code is None:
         return "not finished"
-    if code == 0 and "all shapes done" in text and re.search(r"SUMMARY: 0 (errors|hazards)", text.replace("displayed ", "")):
+    if (
+        code == 0
+        and "all shapes done" in text
+        and re.search(r"SUMMARY: 0 (errors|hazards)", text.replace("displayed ", ""))
+    ):
         return "clean"
     last = [line for line in text.splitlines() if "SUMMARY" in line or "Error" in line][-1:]
     return f"errors, code {code}: {last[0].strip() if last else 'see gpu-log.txt'}"
@@ -274,7 +298,9 @@ def bench_lines(path: Path) -> list[str]:
         name = f"{row['loss']} {row['n']:,} x {row['d']} {row['dtype']}".ljust(38) + row["provider"].ljust(18)
         if row["status"] == "ok":
             rate, floor = row["tflops"] / row["matrix_tflops"], row["ms"] / row["floor_ms"]
-            speed = f"{row['ms']:10.3f} ms {row['tflops']:8.3g} TFLOP/s {rate:5.0%} of the matrix rate {floor:6.2f} x floor"
+            speed = (
+                f"{row['ms']:10.3f} ms {row['tflops']:8.3g} TFLOP/s {rate:5.0%} of the matrix rate {floor:6.2f} x floor"
+            )
             lines.append(f"{name}{speed} {row['extra_mib']:8,.0f} MiB")
         elif row["status"] != "skipped":
             lines.append(f"{name}{row['status']} {row['note']}"[:150])

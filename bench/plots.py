@@ -10,6 +10,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -45,7 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     machines = load(args.results or sorted((HERE / "results").glob("*.json")))
     if not machines:
-        print("no results of flashcl bench to draw: run flashcl bench --out bench/results/NAME.json first", file=sys.stderr)
+        print(
+            "no results of flashcl bench to draw: run flashcl bench --out bench/results/NAME.json first",
+            file=sys.stderr,
+        )
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
     for name, results in machines.items():
@@ -74,19 +78,28 @@ def slug(device: str) -> str:
 
 
 def figures(files: list[Results]) -> Iterable[tuple[str, Figure]]:
-    rows = [row for results in files for row in results.rows]
+    rows = newest(files)
     bandwidth = max(results.environment["copy_gb_per_s"] for results in files)
     for dtype in dict.fromkeys(row.dtype for row in rows):
         some = [row for row in rows if row.dtype == dtype and row.mode == "full"]
         if some:
-            yield f"{dtype}-sizes", footed(scaling(some), files)
-            yield f"{dtype}-widths", footed(widths(some), files)
-            yield f"{dtype}-roofline", footed(roofline(some, bandwidth), files)
+            yield f"{dtype}-sizes", footed(scaling(some), files, some)
+            yield f"{dtype}-widths", footed(widths(some), files, some)
+            yield f"{dtype}-roofline", footed(roofline(some, bandwidth), files, some)
 
 
-def footed(figure: Figure, files: list[Results]) -> Figure:
-    """What the numbers stand on, under every figure."""
-    lines = []
+def newest(files: list[Results]) -> list[Row]:
+    """The last measurement of each thing; that a provider was not there later does not undo it."""
+    all_rows = Results({})
+    for results in sorted(files, key=lambda results: results.environment["date"]):
+        known = {row.key for row in all_rows.rows}
+        all_rows.add([row for row in results.rows if row.status != "skipped" or row.key not in known])
+    return all_rows.rows
+
+
+def footed(figure: Figure, files: list[Results], rows: list[Row]) -> Figure:
+    """What the numbers stand on, and what is not there, under every figure."""
+    lines = textwrap.wrap(absent(rows), 190 * figure.get_figwidth() / 12)
     for environment in (results.environment for results in files):
         versions = f"torch {environment['torch']}, triton {environment['triton']}, driver {environment['driver']}"
         lines.append(f"{environment['device']}; {versions}; commit {environment['commit']}, {environment['date']}")
@@ -109,7 +122,6 @@ def scaling(rows: list[Row]) -> Figure:
         title = f"{loss}, D = {d}, {rows[0].dtype}, forward and backward"
         axes(time, title, "N (rows of S)", "ms (median, 20 to 80 %)", some, "n")
         axes(memory, title, "N (rows of S)", "peak extra memory, MiB", some, "n")
-        absent(time, some)
         legend(memory)
     return figure
 
@@ -124,7 +136,9 @@ def draw(ax, rows: list[Row], x: str, y) -> None:
         if measured:
             at, values = [getattr(row, x) for row in measured], [y(row) for row in measured]
             ax.plot(at, [v[0] for v in values], label=name, color=COLORS[name], marker=MARKERS[name], markersize=4.5)
-            ax.fill_between(at, [v[1] for v in values], [v[2] for v in values], color=COLORS[name], alpha=0.15, linewidth=0)
+            ax.fill_between(
+                at, [v[1] for v in values], [v[2] for v in values], color=COLORS[name], alpha=0.15, linewidth=0
+            )
     for k, name in enumerate(without):
         at = [getattr(row, x) for row in full if row.provider == name]
         style = dict(color=COLORS[name], transform=ax.get_xaxis_transform(), clip_on=False)
@@ -133,25 +147,16 @@ def draw(ax, rows: list[Row], x: str, y) -> None:
     ax.set_title("", pad=8 + 15 * len(without))
 
 
-def absent(ax, rows: list[Row]) -> None:
-    """Under the panel: who has no point in it, and why."""
+def absent(rows: list[Row]) -> str:
+    """Who has no point in a figure, and why; a provider that has no such loss is not missed."""
     reasons = {}
     for row in rows:
-        if row.status in ("wrong", "failed", "skipped"):
-            reason = row.note.split(" against ")[0]
-            reasons[row.provider] = reason if row.status == "skipped" else f"{row.status}, {reason}"
-    text = "; ".join(f"{name}: {why}" for name, why in reasons.items())
-    if text:
-        ax.text(0, -0.2, "not drawn: " + wrap(text), transform=ax.transAxes, fontsize=6, color="0.35", va="top")
-
-
-def wrap(text: str, width: int = 150) -> str:
-    lines = [""]
-    for word in text.split(" "):
-        if len(lines[-1]) + len(word) > width:
-            lines.append("")
-        lines[-1] += word + " "
-    return "\n".join(lines)
+        if row.status in ("wrong", "failed") or row.status == "skipped" and not row.note.startswith("has no"):
+            why = row.note.split(" against ")[0]
+            reasons[f"{row.provider}: {why if row.status == 'skipped' else f'{row.status} for {row.loss}, {why}'}"] = (
+                None
+            )
+    return f"not drawn: {'; '.join(reasons)}" if reasons else ""
 
 
 def axes(ax, title: str, xlabel: str, ylabel: str, rows: list[Row], x: str | None = None) -> None:
@@ -226,8 +231,12 @@ def roofline(rows: list[Row], bandwidth: float) -> Figure:
     intensity = [row.work.flops("full") / row.work.compulsory_bytes() for row in measured]
     left, right = min(ridge, *intensity) / 4, max(ridge, *intensity) * 2
     ax.plot([left, ridge, right], [peak * left / ridge, peak, peak], color="0.3", linewidth=1.2)
-    ax.annotate(f"matrix products {peak:.3g} TFLOP/s", (right, peak), (0, 4), textcoords="offset points", ha="right", fontsize=8)
-    ax.annotate(f"copy {bandwidth:,.4g} GB/s", (left, peak * left / ridge), (18, 2), textcoords="offset points", fontsize=8)
+    ax.annotate(
+        f"matrix products {peak:.3g} TFLOP/s", (right, peak), (0, 4), textcoords="offset points", ha="right", fontsize=8
+    )
+    ax.annotate(
+        f"copy {bandwidth:,.4g} GB/s", (left, peak * left / ridge), (18, 2), textcoords="offset points", fontsize=8
+    )
     for name in COLORS:
         points = [(at, row) for at, row in zip(intensity, measured) if row.provider == name]
         if points:

@@ -1,4 +1,4 @@
-"""Every loss of every kernel backend on small odd shapes, forward and backward: the program that compute-sanitizer watches."""
+"""Every loss of a kernel backend on small odd shapes, forward and backward: what compute-sanitizer watches."""
 
 from __future__ import annotations
 

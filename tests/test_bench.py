@@ -189,9 +189,14 @@ def test_gradients_that_skip_unlikely_pairs_are_wrong(offered):
     def filtered(x, y, logit_scale):
         s = logit_scale * x.float() @ y.float().T
         keep = s.softmax(1).detach() + s.softmax(0).detach() > 2e-2
-        return right(x.float(), y.float(), logit_scale) + 0 * s.sum() - (s - s.detach()).masked_fill(keep, 0).mul(
-            (s.softmax(1).detach() + s.softmax(0).detach()) / (2 * len(x))
-        ).sum()
+        return (
+            right(x.float(), y.float(), logit_scale)
+            + 0 * s.sum()
+            - (s - s.detach())
+            .masked_fill(keep, 0)
+            .mul((s.softmax(1).detach() + s.softmax(0).detach()) / (2 * len(x)))
+            .sum()
+        )
 
     assert offered(work, filtered=filtered)["filtered"].status == "wrong"
 
@@ -218,7 +223,11 @@ def no_memory():
 
 @pytest.mark.parametrize(
     "fail",
-    [no_memory, lambda: (_ for _ in ()).throw(MemoryError()), lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("x"))],
+    [
+        no_memory,
+        lambda: (_ for _ in ()).throw(MemoryError()),
+        lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("x")),
+    ],
     ids=["allocator", "python", "cuda"],
 )
 def test_out_of_memory_is_a_result(offered, fail):
@@ -303,7 +312,26 @@ def test_time_is_that_of_the_step(offered):
 
 
 ROWS = [
-    Row("info_nce", 64, 16, "float32", "full", "dense", "ok", "", 1.5, 1.25, 2.0, 7, 0.5, 1.0, 0.75, 3.0, 1e-7, "float64"),
+    Row(
+        "info_nce",
+        64,
+        16,
+        "float32",
+        "full",
+        "dense",
+        "ok",
+        "",
+        1.5,
+        1.25,
+        2.0,
+        7,
+        0.5,
+        1.0,
+        0.75,
+        3.0,
+        1e-7,
+        "float64",
+    ),
     Row("info_nce", 64, 16, "float32", "full", "memeff", "skipped", 'not installed, "so far"'),
     Row("info_nce", 128, 16, "float32", "full", "dense", "oom"),
 ]
@@ -333,7 +361,7 @@ def test_a_new_measurement_takes_the_place_of_the_old():
 
 @pytest.fixture
 def canned(monkeypatch):
-    """`flashcl bench` with measurements of a test: a function of the workload; returns (exit code, workloads it measured)."""
+    """`flashcl bench` with measurements that a test makes up; returns (exit code, workloads it measured)."""
 
     def run(answer, *args):
         measured = []
@@ -449,7 +477,18 @@ def test_wrong_arguments(arguments, capsys):
 
 
 def test_the_command_as_a_user_runs_it(tmp_path):
-    command = [Path(sys.executable).with_name("flashcl"), "bench", "--loss", "siglip", "--n", "2048", "--d", "8", "--device", "cpu"]
+    command = [
+        Path(sys.executable).with_name("flashcl"),
+        "bench",
+        "--loss",
+        "siglip",
+        "--n",
+        "2048",
+        "--d",
+        "8",
+        "--device",
+        "cpu",
+    ]
     options = ["--seconds", "0.01", "--provider", "flashcl-torch,dense", "--out", tmp_path / "r.json"]
     done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -458,7 +497,9 @@ def test_the_command_as_a_user_runs_it(tmp_path):
     assert {(row.provider, row.mode, row.status) for row in found.rows} == {
         (provider, mode, "ok") for provider in ("flashcl-torch", "dense") for mode in MODES
     }
-    assert found.environment["torch"] == torch.__version__ and found.environment["command"].startswith("flashcl bench --loss siglip")
+    assert found.environment["torch"] == torch.__version__ and found.environment["command"].startswith(
+        "flashcl bench --loss siglip"
+    )
     for row in found.rows:
         assert row.ms_20 <= row.ms <= row.ms_80 and row.runs >= measure.FEWEST and row.error < 1e-5
         assert row.floor_ms == pytest.approx(row.work.flops(row.mode) / row.matrix_tflops / 1e9)
@@ -500,7 +541,22 @@ def test_figures_show_what_was_measured_and_where_memory_ended(plots):
     crosses = {line.get_gid(): list(line.get_xdata()) for line in panel.lines if line.get_gid()}
     assert crosses == {"oom dense": [256]}
     words = " ".join(text.get_text() for text in panel.texts)
-    assert "dense out of memory" in words and "memeff: not installed" in words and "not measured" not in words
+    assert "dense out of memory" in words and "not measured" not in words
+    wrong = replace(rows[0], provider="inf-cl", status="wrong", note="relative error of value 1e-01 against x")
+    below = plots.footed(figure, [Results(ENVIRONMENT, rows)], [*rows, wrong]).get_supxlabel()
+    assert (
+        'memeff: not installed, "so far"' in below
+        and "inf-cl: wrong for info_nce, relative error of value 1e-01" in below
+    )
+    assert "CPU: one, two" in below and "commit abc, today" in below
+
+
+def test_the_newest_measurement_is_drawn(plots):
+    old = Results(ENVIRONMENT | dict(date="2026-01-01"), [grown(64, error=0.5), grown(128, error=0.5)])
+    new = Results(
+        ENVIRONMENT | dict(date="2026-01-02"), [grown(64, error=0.1), replace(ROWS[1], n=128, provider="dense")]
+    )
+    assert {row.n: row.error for row in plots.newest([new, old])} == {64: 0.1, 128: 0.5}
 
 
 def test_figures_without_measurements_say_so(plots):
@@ -542,7 +598,9 @@ def test_outcomes_are_read_from_pytest():
         "test_contract[torch-dtype0-siglip-init]": "SKIPPED",
         "test_shapes[triton-1-1]": "FAILED",
     }
-    backends = [gpu.backend_of(name) for name in (*gpu.outcomes_in(PYTEST_OUTPUT), "tests/test_gpu.py::test_float64[siglip]")]
+    backends = [
+        gpu.backend_of(name) for name in (*gpu.outcomes_in(PYTEST_OUTPUT), "tests/test_gpu.py::test_float64[siglip]")
+    ]
     assert backends == ["triton", "torch", "triton", "others"]
 
 

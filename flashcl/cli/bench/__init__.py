@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import sys
 import time
 import warnings
@@ -25,22 +26,28 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "bench",
         help="time, memory and correctness of every loss beside the other implementations that are installed",
-        description="Measures losses x N x D x dtype, forward, backward and both, for every provider that is installed. Each "
-        "must first be right against float64. Results are printed as they come; --out keeps them, also on Ctrl-C.",
+        description="Measures losses x N x D x dtype, forward, backward and both, for every provider installed here. "
+        "Each must first be right against float64. Results are printed as they come; --out keeps them, also on Ctrl-C.",
     )
     parser.add_argument("--suite", choices=SUITES, default="quick", help="which workloads (default: quick)")
-    own = parser.add_argument_group("workloads of your own: any of these takes the place of --suite; commas separate")
-    own.add_argument("--loss", type=_names(LOSSES), help=", ".join(LOSSES))
-    own.add_argument("--n", type=_sizes, help="rows of the logits; a:b doubles from a to b")
-    own.add_argument("--d", type=_sizes, help="width of the embeddings")
-    own.add_argument("--dtype", type=_names(DTYPES), help=", ".join(DTYPES))
+    own = parser.add_argument_group("workloads of your own, in place of --suite; commas separate")
+    own.add_argument("--loss", type=_names(LOSSES), help=f"{', '.join(LOSSES)} (default: info_nce)")
+    own.add_argument("--n", type=_sizes, help="rows of the logits; a:b doubles from a to b (default: 4096)")
+    own.add_argument("--d", type=_sizes, help="width of the embeddings (default: 512)")
+    own.add_argument("--dtype", type=_names(DTYPES), help=f"{', '.join(DTYPES)} (default: float32)")
     parser.add_argument("--mode", type=_names(MODES), default=MODES, help=f"{', '.join(MODES)} (default: all)")
-    parser.add_argument("--provider", type=_names(PROVIDERS), default=tuple(PROVIDERS), help=", ".join(PROVIDERS))
+    parser.add_argument(
+        "--provider", type=_names(PROVIDERS), default=tuple(PROVIDERS), help=f"{', '.join(PROVIDERS)} (default: all)"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--seconds", type=float, default=1.0, help="to time each provider at each workload (default: 1)")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="to time each provider at each workload (default: 1)"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="results as JSON, and as CSV beside it")
     parser.add_argument("--resume", action="store_true", help="keep what --out has, and measure only what is missing")
-    parser.add_argument("--part", type=_share, default=(1, 1), metavar="K/N", help="the K-th of N shares of the workloads")
+    parser.add_argument(
+        "--part", type=_share, default=(1, 1), metavar="K/N", help="the K-th of N shares of the workloads"
+    )
     parser.add_argument("--time-limit", type=float, metavar="S", help="begin no workload after S seconds")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say what changed since then")
     parser.add_argument("--fail-if-regression", action="store_true", help="exit code 1 if --compare finds one")
@@ -115,6 +122,8 @@ def _begin(args, device: torch.device) -> Results:
         else:
             print(f"{args.out} is of another machine, commit or version: beginning anew", file=sys.stderr)
     print(*(f"{k}: {v}" for k, v in found.environment.items() if v != "none"), sep="\n")
+    if device.type == "cpu" and found.environment["load_before"] > os.cpu_count() / 4:
+        print("other programs use the cores: these times will say little", file=sys.stderr)
     bandwidth = machine.copy_bandwidth(machine.Clock(device), device)
     found.environment["copy_gb_per_s"] = bandwidth / 1e9
     print(f"copy bandwidth: {bandwidth / 1e9:,.4g} GB/s, read and written")
@@ -170,7 +179,6 @@ class Progress:
 
     def __init__(self, title: str):
         self.title, self.terminal = title, sys.stderr.isatty()
-        self.start = time.monotonic()
         if not self.terminal:
             print(title, file=sys.stderr, flush=True)
 

@@ -1,8 +1,8 @@
-"""The truth that every provider is held against: value and gradients in float64, block by block, from formulas of their own.
+"""The truth that every provider is held against: value and gradients in float64, from formulas of their own.
 
-Nothing here is shared with flashcl or with `flashcl.reference`, and no N x N matrix is stored. Where the gradients of all rows
-would take too long, those of a sample of rows are computed, each still over all of its pairs; where one pass over all
-pairs in float64 would, it runs in float32.
+Nothing here is shared with flashcl or with `flashcl.reference`, and no N x N matrix is stored. Where the gradients of
+all rows would take too long, those of a sample of rows are computed, each still over all of its pairs; where one pass
+over all pairs in float64 would, it runs in float32.
 """
 
 from __future__ import annotations
@@ -169,7 +169,11 @@ class _Logits:
             dy += self.scale * (g.T @ self.x[i])
             terms += torch.stack([(g * cosines).sum(), g.sum(), (g * cosines).abs().sum(), g.abs().sum()])
         scale, bias, of_scale, of_bias = terms
-        magnitudes = {"grad logit_scale": of_scale, "grad temperature": of_scale * self.scale**2, "grad logit_bias": of_bias}
+        magnitudes = {
+            "grad logit_scale": of_scale,
+            "grad temperature": of_scale * self.scale**2,
+            "grad logit_bias": of_bias,
+        }
         return dict(x=dx, y=dy, scale=scale, bias=bias), {name: v.item() for name, v in magnitudes.items()}
 
     def gradients_of(self, rows: Tensor) -> dict[str, Tensor]:

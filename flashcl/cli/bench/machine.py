@@ -44,7 +44,7 @@ def environment(device: torch.device) -> dict[str, str | float]:
 
 
 def _commit() -> str:
-    """Of the checkout that flashcl runs from, with a + where its files differ; FLASHCL_COMMIT for a copy without history."""
+    """Of the checkout that flashcl runs from, with a + where its files differ; FLASHCL_COMMIT where there is none."""
     folder = str(Path(flashcl.__file__).parent)
     commit = _first_line("git", "-C", folder, "rev-parse", "--short", "HEAD")
     if not commit or not _first_line("git", "-C", folder, "ls-files", "__init__.py"):
@@ -97,7 +97,7 @@ class Clock:
 
 class Products:
     """The three products of a chunk as the library of the machine (cuBLAS, MKL) runs them: S = X Y^T, dX = G Y and
-    dY = G^T X, where X and G have CHUNK rows. They take turns with the providers: what slows a round down slows both."""
+    dY = G^T X, where X and G have CHUNK rows. They take turns with the providers: what slows a round slows both."""
 
     def __init__(self, work: Workload, clock: Clock, device: torch.device):
         rows, n = min(work.n, CHUNK[device.type]), min(work.n, WIDEST[device.type])
@@ -120,7 +120,7 @@ def copy_bandwidth(clock: Clock, device: torch.device) -> float:
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     marks = []
-    for trial in range(12):
+    for _ in range(12):
         clock.cold()
         start = clock.mark()
         target.copy_(source)

@@ -66,6 +66,7 @@ def measure(
 ) -> list[Row]:
     case = work.inputs(device)
     candidates = [_prepare(name, work, case) for name in names]
+    torch.set_float32_matmul_precision("highest")  # packages may have changed it when they were imported
     here = [c for c in candidates if c.loss]
     if not here:
         return [_row(work, c, mode) for c in candidates for mode in modes]
@@ -143,7 +144,11 @@ def judge(c: Candidate, out: dict[str, Tensor], truth: Exact, dtype: str) -> Non
     wrong += [f"no {k}" for k in missing if truth.values[k].dim()]
     if wrong:
         allowed = f"{for_value:.0e} for the value, {for_gradients:.0e} for gradients"
-        c.status, c.note, c.loss = "wrong", f"relative error of {', '.join(wrong)} against {truth.what}; allowed: {allowed}", None
+        c.status, c.note, c.loss = (
+            "wrong",
+            f"relative error of {', '.join(wrong)} against {truth.what}; allowed: {allowed}",
+            None,
+        )
     elif missing:
         c.note = f"no {', no '.join(missing)}"
 
@@ -163,7 +168,7 @@ def _peak_on_gpu(loss: Loss, case: Case) -> int:
 
 
 def _peak_in_fresh_process(work: Workload, name: str, limit: int | None = None) -> int:
-    """The same on a CPU: the peak resident set of a process that does nothing else and may not take more than is free."""
+    """On a CPU: the peak resident set of a process that does nothing else and may take only what is free."""
     job = dict(work=asdict(work), name=name, limit=limit or int(0.9 * memory.available(torch.device("cpu"))))
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
@@ -234,7 +239,7 @@ def time_in_turns(
 
 
 def _run_once(loss: Loss, leaves: dict[str, Tensor], clock: machine.Clock, modes: Iterable[str]) -> dict[str, tuple]:
-    """{mode: (start, end)}: "forward" without gradients, as in an evaluation; "backward" and "full" of a training step."""
+    """{mode: (start, end)}: "forward" without gradients, as in an evaluation; "backward" and "full" as in training."""
     marks = {}
     if "forward" in modes:
         clock.cold()

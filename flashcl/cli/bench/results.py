@@ -17,7 +17,7 @@ STATUSES = ("ok", "oom", "wrong", "failed", "skipped")
 
 @dataclass
 class Row:
-    """One provider at one workload in one mode. Numbers stand only where the status is "ok"; `error` where there was an answer."""
+    """One provider at one workload in one mode. Only a status of "ok" has numbers; "wrong" has an error."""
 
     loss: str
     n: int  # rows of S
@@ -58,7 +58,7 @@ class Results:
         return cls(data["environment"], [Row(**row) for row in data["rows"]])
 
     def save(self, path: Path) -> None:
-        """JSON, and the same as CSV beside it. Whole files take the place of whole files: there is always a valid one."""
+        """JSON, and the same as CSV beside it. Whole files replace whole files: there is always a valid one."""
         rows = [asdict(row) for row in self.rows]
         _replace(path, json.dumps(dict(environment=self.environment, rows=rows), indent=1) + "\n")
         text = io.StringIO(newline="")
@@ -136,8 +136,8 @@ class NotComparable(Exception):
 
 
 def compare(new: Results, old: Results) -> list[Change]:
-    """What became of each measurement of `old` that `new` repeats. Slower counts where the median grew by more than a tenth
-    and the middle parts of the two distributions do not touch."""
+    """What became of each measurement of `old` that `new` repeats. Slower counts where the median grew by more than a
+    tenth and the middle parts of the two distributions do not touch."""
     if new.environment["device"] != old.environment["device"]:
         raise NotComparable(f"measured on {old.environment['device']}, this is {new.environment['device']}")
     before = {row.key: row for row in old.rows if row.status != "skipped"}
@@ -155,5 +155,6 @@ def _change(was: Row, now: Row) -> Change:
     slower = now.ms > TIME_TOLERANCE * was.ms and now.ms_20 > was.ms_80
     larger = now.extra_mib > MEMORY_TOLERANCE * was.extra_mib + MEMORY_NOISE_MIB
     words = " ".join(word for word, holds in (("SLOWER", slower), ("MORE MEMORY", larger)) if holds)
-    text = f"{name}: {was.ms:.4g} -> {now.ms:.4g} ms (x {now.ms / was.ms:.2f}), {was.extra_mib:.0f} -> {now.extra_mib:.0f} MiB"
-    return Change(now, f"{text} {words}".rstrip(), slower or larger)
+    of_time = f"{was.ms:.4g} -> {now.ms:.4g} ms (x {now.ms / was.ms:.2f})"
+    of_memory = f"{was.extra_mib:.0f} -> {now.extra_mib:.0f} MiB"
+    return Change(now, f"{name}: {of_time}, {of_memory} {words}".rstrip(), slower or larger)

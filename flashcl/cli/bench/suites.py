@@ -19,9 +19,9 @@ MODES = ("forward", "backward", "full")
 TEMPERATURE, BIAS = 0.07, -10.0
 
 # Useful FLOPs in units of N^2 D, (forward alone, forward and backward): the fewest known that need no N x N memory. A
-# product of (N, D) with (D, N) has 2. Symmetric InfoNCE must know all normalisers before it can weigh one pair, so it makes
-# S twice; SigLIP needs none, and a softmax in one direction can be scaled row by row later: S once. nt_xent and sup_con
-# have S = S^T and half of the tiles.
+# product of (N, D) with (D, N) has 2. Symmetric InfoNCE must know all normalisers before it can weigh one pair, so it
+# makes S twice; SigLIP needs none, and a softmax in one direction can be scaled row by row later: S once. nt_xent and
+# sup_con have S = S^T and half of the tiles.
 USEFUL = {"info_nce": (2, 8), "info_nce one-way": (2, 6), "siglip": (2, 6), "nt_xent": (1, 4), "sup_con": (1, 4)}
 
 
