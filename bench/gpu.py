@@ -120,12 +120,12 @@ class Check:
             options = ("-q", "--no-build-isolation", "--no-deps", "--disable-pip-version-check")
             code, text = self.run("build", [sys.executable, "-m", "pip", "install", *options, "-e", "."])
             if code != 0:
-                self.state["build"] = f"failed: {(text.strip().splitlines() or ['out of time'])[-1]}"
+                self.state["build"] = f"failed: {cause(text) if code else 'out of time'}"
                 return False
             stamp.parent.mkdir(exist_ok=True)
             stamp.write_text(self.environment["sources"])
         code, text = self.run("build", [*FLASHCL, "info"])
-        self.state["build"] = text.strip() if code == 0 else f"failed: {text.strip().splitlines()[-1:]}"
+        self.state["build"] = text.strip() if code == 0 else f"failed: {cause(text)}"
         self.save()
         return code == 0
 
@@ -260,6 +260,12 @@ def environment() -> dict[str, str]:
         triton=getattr(triton, "__version__", "none"),
         sources=digest.hexdigest()[:12],
     )
+
+
+def cause(text: str) -> str:
+    """The line of a long output that names the error."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no output"]
+    return next((line for line in reversed(lines) if re.search(r"\w*Error: ", line)), lines[-1])
 
 
 def outcomes_in(text: str) -> dict[str, str]:

@@ -581,6 +581,12 @@ def test_without_a_gpu_the_check_says_so():
     assert done.returncode == 2 and "no CUDA GPU" in done.stderr and "Traceback" not in done.stderr and not done.stdout
 
 
+def test_the_cause_of_a_failure_is_named():
+    gpu = script("gpu")
+    assert gpu.cause("a\n  ValueError: no compiler\n\nhint: see above\n") == "ValueError: no compiler"
+    assert gpu.cause("one\ntwo\n") == "two" and gpu.cause("") == "no output"
+
+
 PYTEST_OUTPUT = """
 tests/test_gpu.py::test_contract[triton-dtype0-info_nce one-way-init] PASSED [ 25%]
 tests/test_gpu.py::test_contract[torch-dtype0-siglip-init] SKIPPED (no: PASSED) [ 50%]
