@@ -1,15 +1,18 @@
-"""Builds flashcl: pure Python always, and csrc/ as the one optional extension flashcl._C where nvcc is found.
+"""Builds flashcl: pure Python always, and csrc/ as the one optional extension flashcl._C where nvcc and CUTLASS are found.
 
 FLASHCL_CUDA   auto (default): build _C if possible, else warn and go on | 1: fail if it cannot be built | 0: never
 FLASHCL_ARCHS  GPU architectures as nvcc names them, "80;90a" (default "90a"); machine code only, no PTX
-CUDA_HOME, CUDA_PATH, PATH are searched for nvcc in this order.
+CUDA_HOME, CUDA_PATH, PATH are searched for nvcc in this order. The CUTLASS headers are those of the package nvidia-cutlass.
 """
 
+import importlib.util
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -39,13 +42,28 @@ def find_nvcc():
     return shutil.which("nvcc", path=os.pathsep.join([*map(str, homes), os.environ.get("PATH", "")]))
 
 
+def find_cutlass():
+    """The folder of the CUTLASS headers, or None."""
+    package = importlib.util.find_spec("cutlass_library")  # finds it without running it
+    include = Path(package.origin).parent / "source" / "include" if package and package.origin else None
+    return include if include and (include / "cutlass" / "cutlass.h").exists() else None
+
+
 def obstacle():
     """Why the extension cannot be built here, or None."""
     if find_nvcc() is None:
         return "nvcc was not found in CUDA_HOME, CUDA_PATH or PATH"
+    if find_cutlass() is None:
+        return "the CUTLASS headers were not found: pip install nvidia-cutlass"
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return "free-threaded CPython has no stable ABI"
     return None
+
+
+def sources():
+    """Files of csrc/, without those of a GPU generation that is not asked for."""
+    files = sorted(path for suffix in ("cpp", "cu") for path in Path("csrc").glob(f"*.{suffix}"))
+    return [str(path) for path in files if "90a" in architectures() or not path.stem.endswith("_sm90")]
 
 
 def extensions():
@@ -60,7 +78,7 @@ def extensions():
     return [
         Extension(
             "flashcl._C",
-            sources=sorted(str(p) for suffix in ("cpp", "cu") for p in Path("csrc").glob(f"*.{suffix}")),
+            sources=sources(),
             define_macros=[
                 ("Py_LIMITED_API", "0x{:02X}{:02X}0000".format(*ABI_FLOOR)),
                 # nanobind's split mode: its library stays out of _C and comes from a package at run time. This is
@@ -68,6 +86,7 @@ def extensions():
                 ("NB_BACKEND_MODULE", "nanobind_backend"),
                 ("NB_BACKEND_PYPI", "nanobind-backend"),
                 ("FLASHCL_ARCHS", "_".join(architectures())),  # nvcc splits -D at commas
+                ("FLASHCL_SM90", int("90a" in architectures())),
             ],
             py_limited_api=True,
             optional=mode == "auto",  # setuptools then turns a CompileError into a warning
@@ -76,17 +95,25 @@ def extensions():
 
 
 class NvccBuild(build_ext):
-    """Compiles and links csrc/ with one nvcc command: nvcc knows its headers, its libraries and the host compiler."""
+    """Compiles csrc/ with nvcc, file by file in parallel, and links: nvcc knows its headers and the host compiler."""
 
     def finalize_options(self):
         super().finalize_options()
         self.force = True  # FLASHCL_ARCHS or the CUDA version may have changed under an object that looks fresh
 
     def build_extension(self, ext):
-        target = Path(self.get_ext_fullpath(ext.name))
+        target, temp = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp)
         self.mkpath(str(target.parent))
+        self.mkpath(str(temp))
         try:
-            self.spawn([find_nvcc(), *nvcc_flags(ext), *ext.sources, "-o", str(target)])
+            flags = nvcc_flags(ext)
+            sources = sorted(map(Path, ext.sources), key=lambda path: "_sm" not in path.name)  # those take longest
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects, reports = zip(*pool.map(lambda path: compile_file(path, flags, temp), sources))
+            report = temp / "resources.cpp"
+            report.write_text(resources_source("".join(reports)))
+            objects = [*objects, compile_file(report, flags, temp)[0]]
+            nvcc("-shared", "-cudart=static", "-std=c++17", *objects, "-o", target)
         except (ExecError, ImportError) as error:
             raise CompileError(
                 f"{error}\n"
@@ -95,14 +122,44 @@ class NvccBuild(build_ext):
             ) from error
 
 
+def nvcc(*arguments):
+    """What nvcc printed: with -Xptxas=-v, the resources of every kernel."""
+    command = [find_nvcc(), *map(str, arguments)]
+    process = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if process.returncode or "warning" in process.stdout:
+        print(" ".join(command), process.stdout, sep="\n", file=sys.stderr)
+    if process.returncode:
+        raise ExecError(f"nvcc failed with exit code {process.returncode}")
+    return process.stdout
+
+
+def compile_file(path, flags, temp):
+    """(object, what nvcc printed). A file of one GPU generation, like sweep_sm90.cu, is compiled for that one alone."""
+    generation = re.search(r"_sm(\d+)$", path.stem)
+    archs = [arch for arch in architectures() if not generation or arch.startswith(generation[1])]
+    gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    out = temp / f"{path.name}.o"
+    return out, nvcc("-c", path, *flags, *gencode, "-o", out)
+
+
+def resources_source(report):
+    """C++ with one line per kernel: its (mangled) name, and what ptxas gave it."""
+    lines = []
+    for kernel, arch, rest in re.findall(r"Compiling entry function '(\S+)' for '(\S+)'(.*?Used .*?)\n", report, re.DOTALL):
+        stack, stores, loads = re.search(r"(\d+) bytes stack.*?(\d+) bytes spill st.*?(\d+) bytes spill l", rest).groups()
+        registers = re.search(r"Used (\d+) registers", rest)[1]
+        lines.append(f"{kernel} {arch} registers={registers} stack={stack} spill_stores={stores} spill_loads={loads}\\n")
+    text = "\n".join(f'    "{line}"' for line in sorted(lines))
+    return f'namespace flashcl {{\nextern const char* const resources;\nconst char* const resources =\n{text or chr(34) * 2};\n}}\n'
+
+
 def nvcc_flags(ext):
     import nanobind  # only a build of the extension needs it
 
-    includes = ["csrc", sysconfig.get_path("include"), nanobind.include_dir()]
+    includes = ["csrc", find_cutlass(), sysconfig.get_path("include"), nanobind.include_dir()]
     return [
-        *("-shared", "-cudart=static", "-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "--threads=0"),
+        *("-std=c++17", "-O3", "-DNDEBUG", "-lineinfo", "--expt-relaxed-constexpr", "-Xptxas=-v"),
         "-Xcompiler=-fPIC,-fvisibility=hidden,-fno-strict-aliasing",
-        *(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures()),
         *(f"-D{name}={value}" for name, value in ext.define_macros),
         *(f"-I{path}" for path in includes),
     ]

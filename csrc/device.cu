@@ -34,4 +34,6 @@ const char* device_status() {
   return cudaGetErrorString(count_devices(&count));
 }
 
+const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
 }  // namespace flashcl

@@ -12,4 +12,7 @@ int device_count();
 // The CUDA runtime's own words on the outcome of device_count(): why there is no GPU, or "no error".
 const char* device_status();
 
+// What a cudaError_t means.
+const char* error_text(int error);
+
 }  // namespace flashcl

@@ -1,18 +1,45 @@
 // Binds csrc/ to Python as flashcl._C: the one file that knows Python, as the .cu files are the ones that know CUDA.
 //
 // A kernel is a .cu file with a plain C++ header beside it, and a file whose code only one GPU generation can run
-// carries it as a suffix (sweep_sm90.cu). setup.py compiles whatever lies here, every file for every architecture of
+// carries it as a suffix (sweep_sm90.cu); setup.py compiles it for that generation, the others for every architecture of
 // FLASHCL_ARCHS. Tensors arrive by DLPack and streams as integers, so nothing here depends on a version of torch.
+//
+// Tensors on the CPU are emulated (emulate.cpp). Shapes are checked here, once, for both.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 
+#include <optional>
 #include <sstream>
 #include <string>
 
 #include "device.h"
+#include "kernels.h"
+
+namespace flashcl {
+extern const char* const resources;  // setup.py writes it: a line for each kernel, what ptxas gave it
+}
 
 namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace {
+
+using flashcl::TILE;
+using Matrix = nb::ndarray<nb::ro, nb::ndim<2>>;
+template <class T>
+using Array = nb::ndarray<T, nb::c_contig>;
+using Floats = Array<const float>;
+using Ints = Array<const int64_t>;
+using Result = Array<float>;
+template <class T>
+using Maybe = std::optional<T>;
+
+void require(bool condition, const std::string& what) {
+  if (!condition) throw nb::value_error(("flashcl._C: " + what).c_str());
+}
+
+// ---- build and device ------------------------------------------------------------------------------------------------
 
 std::string compiler() {
 #ifdef __clang__
@@ -48,11 +75,244 @@ nb::dict build_info() {
   return out;
 }
 
+// ---- arguments -------------------------------------------------------------------------------------------------------
+
+// The pointer of a tensor that must lie where the embeddings do and have this many elements; null of none.
+struct Reader {
+  int device_type, device_id;
+
+  template <class T>
+  T* operator()(const Array<T>& array, int64_t elements, const char* name) const {
+    require(array.device_type() == device_type && array.device_id() == device_id, std::string(name) + " is on another device");
+    require(int64_t(array.size()) >= elements, std::string(name) + " has fewer elements than its tiles");
+    return array.data();
+  }
+  template <class T>
+  T* operator()(const Maybe<Array<T>>& array, int64_t elements, const char* name) const {
+    return array ? (*this)(*array, elements, name) : nullptr;
+  }
+};
+
+struct Problem {
+  flashcl::Block block;
+  Reader reader;
+
+  int64_t rows() const { return int64_t(block.schedule().tiles_n) * TILE; }  // whole tiles
+  int64_t cols() const { return int64_t(block.schedule().tiles_m) * TILE; }
+  int64_t tiles_n() const { return block.schedule().tiles_n; }
+  int64_t tiles_m() const { return block.schedule().tiles_m; }
+  int classes() const { return block.row_label ? 2 : 1; }
+  bool on_cpu() const { return reader.device_type == nb::device::cpu::value; }
+};
+
+bool is(const Matrix& x, nb::dlpack::dtype_code code) { return x.dtype().code == uint8_t(code) && x.dtype().bits == 16; }
+
+void check_operand(const Matrix& x, const char* name) {
+  const std::string who = name;
+  require(x.shape(0) > 0 && x.shape(0) < (1u << 31) - TILE, who + " must have rows, fewer than 2^31");
+  require(x.shape(1) > 0 && x.shape(1) % 8 == 0, who + " must have a multiple of 8 columns");
+  require(x.stride(1) == 1 && x.stride(0) % 8 == 0 && x.stride(0) > 0, who + " must have contiguous rows, 16-byte aligned");
+  require(reinterpret_cast<uintptr_t>(x.data()) % 16 == 0, who + " must be 16-byte aligned");
+}
+
+Problem problem(const Matrix& x, const Matrix& y, const Floats& logit_scale, const Maybe<Floats>& row_bias,
+                const Maybe<Floats>& col_bias, const Maybe<Ints>& row_id, const Maybe<Ints>& col_id,
+                const Maybe<Ints>& row_range, const Maybe<Ints>& col_range, const Maybe<Ints>& row_label,
+                const Maybe<Ints>& col_label, bool triangular) {
+  check_operand(x, "x");
+  check_operand(y, "y");
+  const bool half = is(x, nb::dlpack::dtype_code::Float);
+  require(half || is(x, nb::dlpack::dtype_code::Bfloat), "x must be float16 or bfloat16");
+  require(y.dtype() == x.dtype() && y.shape(1) == x.shape(1), "y must have the dtype and the columns of x");
+  require(y.device_type() == x.device_type() && y.device_id() == x.device_id(), "y is on another device");
+  require(!triangular || (x.data() == y.data() && x.shape(0) == y.shape(0)), "a triangular problem has one x");
+  require(!row_id == !col_id && !row_id == !row_range && !row_id == !col_range, "ids come with ids and ranges");
+  require(!row_label == !col_label && (row_id || !row_label), "labels come with labels and ids");
+
+  Problem p;
+  p.reader = {x.device_type(), x.device_id()};
+  p.block.N = int(x.shape(0)), p.block.M = int(y.shape(0)), p.block.D = int(x.shape(1));
+  p.block.half = half, p.block.triangular = triangular;
+  p.block.x = x.data(), p.block.y = y.data();
+  p.block.x_stride = x.stride(0), p.block.y_stride = y.stride(0);
+  const Reader& read = p.reader;
+  p.block.logit_scale = read(logit_scale, 1, "logit_scale");
+  p.block.row_bias = read(row_bias, p.rows(), "row_bias");
+  p.block.col_bias = read(col_bias, p.cols(), "col_bias");
+  p.block.row_id = read(row_id, p.rows(), "row_id");
+  p.block.col_id = read(col_id, p.cols(), "col_id");
+  p.block.row_range = read(row_range, 2 * p.tiles_n(), "row_range");
+  p.block.col_range = read(col_range, 2 * p.tiles_m(), "col_range");
+  p.block.row_label = read(row_label, p.rows(), "row_label");
+  p.block.col_label = read(col_label, p.cols(), "col_label");
+  return p;
+}
+
+flashcl::Sums sums(const Problem& p, const Maybe<Result>& rows, const Maybe<Result>& cols, const Maybe<Result>& softplus,
+                   const Maybe<Result>& scaled, const Maybe<Floats>& about) {
+  require(!rows == !cols, "g_rows come with g_cols");
+  const Reader& read = p.reader;
+  return {read(rows, p.tiles_m() * p.rows(), "g_rows"), read(cols, p.tiles_n() * p.cols(), "g_cols"),
+          read(softplus, p.tiles_m() * p.rows(), "softplus"), read(scaled, p.tiles_n() * p.tiles_m(), "scaled"),
+          read(about, 1, "about")};
+}
+
+using G = Maybe<nb::ndarray<nb::ndim<2>, nb::c_contig>>;
+
+flashcl::Output output(const Problem& p, const G& g, const Maybe<Floats>& lift) {
+  if (!g) return {nullptr, 0, nullptr};
+  require(g->device_type() == p.reader.device_type && g->device_id() == p.reader.device_id, "g is on another device");
+  require(g->dtype().bits == 16 && (g->dtype().code == uint8_t(nb::dlpack::dtype_code::Float)) == p.block.half,
+          "g must have the dtype of x");
+  require(int64_t(g->shape(0)) == p.rows() && int64_t(g->shape(1)) == p.cols(), "g must have whole tiles");
+  require(reinterpret_cast<uintptr_t>(g->data()) % 16 == 0, "g must be 16-byte aligned");
+  return {g->data(), g->stride(0), p.reader(lift, 1, "lift")};
+}
+
+// (classes, lines), the classes any stride apart
+using Coefficients = nb::ndarray<const float, nb::ndim<2>>;
+
+flashcl::Side side(const Problem& p, int64_t lines, const Maybe<Coefficients>& weight, const Maybe<Coefficients>& lse,
+                   const Maybe<Floats>& range, const Maybe<Floats>& offset) {
+  if (!weight) return {nullptr, nullptr, nullptr, nullptr, 0};
+  require(lse && range, "weights come with log-sum-exps and their ranges");
+  for (const Coefficients& v : {*weight, *lse}) {
+    require(v.device_type() == p.reader.device_type && v.device_id() == p.reader.device_id, "coefficients are on another device");
+    require(int(v.shape(0)) == p.classes() && int64_t(v.shape(1)) >= lines, "coefficients must be (classes, lines)");
+    require(v.stride(1) == 1 && (p.classes() == 1 || v.stride(0) == weight->stride(0)), "lines must be contiguous");
+  }
+  return {weight->data(), lse->data(), p.reader(range, 2 * (lines / TILE), "range"), p.reader(offset, lines, "offset"),
+          weight->stride(0)};
+}
+
+// ---- calls -----------------------------------------------------------------------------------------------------------
+
+template <class Args>
+void call(const Args& args, bool on_cpu, uintptr_t stream, void (*emulate)(const Args&), int (*launch)(const Args&, void*)) {
+  int error = 0;
+  {
+    nb::gil_scoped_release others_may_run;
+    if (on_cpu)
+      emulate(args);
+    else
+      error = launch(args, reinterpret_cast<void*>(stream));
+  }
+  if (error) throw std::runtime_error(std::string("flashcl._C: ") + flashcl::error_text(error));
+}
+
+void sweep(const Problem& p, const Result& row_sums, const Maybe<Result>& col_sums, const Maybe<Floats>& row_center,
+           const Maybe<Floats>& col_center, const Maybe<Result>& row_deviation, const Maybe<Result>& col_deviation,
+           uintptr_t stream) {
+  const int64_t planes = 2 * p.classes(), along_rows = p.tiles_m() * p.rows(), along_cols = p.tiles_n() * p.cols();
+  require(!row_center == !row_deviation && !col_center == !col_deviation, "centers come with deviations");
+  require(!col_center || col_sums, "deviations of columns come with their statistics");
+  require(!row_center || (p.classes() == 2 && (!col_sums || col_center)), "deviations are of positives, along rows and columns");
+  const Reader& read = p.reader;
+  const flashcl::SweepArgs args{p.block,
+                                {read(row_sums, planes * along_rows, "row_sums"), read(row_center, p.rows(), "row_center"),
+                                 read(row_deviation, along_rows, "row_deviation")},
+                                {read(col_sums, planes * along_cols, "col_sums"), read(col_center, p.cols(), "col_center"),
+                                 read(col_deviation, along_cols, "col_deviation")}};
+  call(args, p.on_cpu(), stream, flashcl::emulate_sweep, flashcl::launch_sweep);
+}
+
+void grad(const Problem& p, const Coefficients& row_weight, const Coefficients& row_lse, const Floats& row_range,
+          const Maybe<Floats>& row_offset, const Maybe<Coefficients>& col_weight, const Maybe<Coefficients>& col_lse,
+          const Maybe<Floats>& col_range, const Maybe<Floats>& col_offset, const G& g, const Maybe<Floats>& lift,
+          const Maybe<Result>& g_rows, const Maybe<Result>& g_cols, const Maybe<Result>& scaled, const Maybe<Floats>& about,
+          uintptr_t stream) {
+  require(!p.block.triangular, "G is made of rectangles");
+  const flashcl::GradArgs args{p.block, side(p, p.rows(), row_weight, row_lse, row_range, row_offset),
+                               side(p, p.cols(), col_weight, col_lse, col_range, col_offset),
+                               sums(p, g_rows, g_cols, {}, scaled, about), output(p, g, lift)};
+  call(args, p.on_cpu(), stream, flashcl::emulate_grad, flashcl::launch_grad);
+}
+
+void sigmoid(const Problem& p, const Floats& weight, const Result& softplus, const G& g, const Maybe<Floats>& lift,
+             const Maybe<Result>& g_rows, const Maybe<Result>& g_cols, const Maybe<Result>& scaled, uintptr_t stream) {
+  require(!p.block.triangular && p.classes() == 1, "the sum of softplus has rectangles of one class");
+  const flashcl::SigmoidArgs args{p.block, p.reader(weight, p.rows(), "weight"), sums(p, g_rows, g_cols, softplus, scaled, {}),
+                                  output(p, g, lift)};
+  call(args, p.on_cpu(), stream, flashcl::emulate_sigmoid, flashcl::launch_sigmoid);
+}
+
+using Statistics = nb::ndarray<float, nb::ndim<3>>;
+
+void fold(const Array<const float>& sums, const Statistics& out, uintptr_t stream) {
+  require(sums.ndim() == 4 && sums.shape(0) == out.shape(0) && sums.shape(1) == 2 && out.shape(1) == 2, "sums must be (K, 2, T, n)");
+  require(sums.shape(3) >= out.shape(2) && out.stride(2) == 1 && out.stride(0) == 2 * out.stride(1), "out must be (K, 2, n)");
+  require(sums.device_type() == out.device_type() && sums.device_id() == out.device_id(), "out is on another device");
+  const flashcl::FoldArgs args{sums.data(),           out.data(),         int(out.shape(0)), int(sums.shape(2)),
+                               int(out.shape(2)), int64_t(sums.shape(3)), out.stride(1)};
+  if (args.n > 0) call(args, out.device_type() == nb::device::cpu::value, stream, flashcl::emulate_fold, flashcl::launch_fold);
+}
+
+// ---- for the tests ---------------------------------------------------------------------------------------------------
+
+// The tiles (unit, rank, n, m, wanted) of a walk over n x m tiles, in order.
+nb::list schedule(int tiles_n, int tiles_m, bool triangular) {
+  const flashcl::Schedule s{tiles_n, tiles_m, triangular};
+  nb::list out;
+  for (int unit = 0; unit < s.units(); ++unit)
+    for (int rank = 0; rank < flashcl::CLUSTER; ++rank) {
+      const flashcl::Place tile = s.at(unit, rank);
+      out.append(nb::make_tuple(unit, rank, tile.n, tile.m, s.wanted(tile)));
+    }
+  return out;
+}
+
+// (warp, lane, place, row, column) of every accumulator of a tile.
+nb::list fragment() {
+  using flashcl::Fragment;
+  nb::list out;
+  for (int thread = 0; thread < 128; ++thread)
+    for (int r = 0; r < Fragment::ROWS; ++r)
+      for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk)
+        for (int q = 0; q < Fragment::COLS; ++q)
+          out.append(nb::make_tuple(thread / 32, thread % 32, Fragment::place(r, chunk, q),
+                                    Fragment::row(thread / 32, thread % 32, r), Fragment::col(thread % 32, chunk, q)));
+  return out;
+}
+
 }  // namespace
 
 NB_MODULE(_C, m) {
   m.doc() = "CUDA kernels of flashcl.";
   m.def("build_info", &build_info, "What this binary was built with: nvcc, architectures, compiler, nanobind, abi.");
+  m.def("resources", [] { return flashcl::resources; }, "A line for each kernel: its mangled name, and what ptxas gave it.");
   m.def("device_count", &flashcl::device_count, "Number of GPUs; 0 without a GPU or a usable driver.");
   m.def("device_status", &flashcl::device_status, "Why device_count() is 0, as the CUDA runtime says it.");
+
+  const auto none = nb::none();
+  nb::class_<Problem>(m, "Block", "A block of logits (csrc/block.h). Holds pointers only: keep the tensors alive.")
+      .def("__init__",
+           [](Problem* self, Matrix x, Matrix y, Floats logit_scale, Maybe<Floats> row_bias, Maybe<Floats> col_bias,
+              Maybe<Ints> row_id, Maybe<Ints> col_id, Maybe<Ints> row_range, Maybe<Ints> col_range, Maybe<Ints> row_label,
+              Maybe<Ints> col_label, bool triangular) {
+             new (self) Problem(problem(x, y, logit_scale, row_bias, col_bias, row_id, col_id, row_range, col_range, row_label,
+                                        col_label, triangular));
+           },
+           "x"_a.noconvert(), "y"_a.noconvert(), "logit_scale"_a.noconvert(), "row_bias"_a.noconvert() = none,
+           "col_bias"_a.noconvert() = none, "row_id"_a.noconvert() = none, "col_id"_a.noconvert() = none,
+           "row_range"_a.noconvert() = none, "col_range"_a.noconvert() = none, "row_label"_a.noconvert() = none,
+           "col_label"_a.noconvert() = none, "triangular"_a = false);
+  m.def("sweep", &sweep, "block"_a, "row_sums"_a.noconvert(), "col_sums"_a.noconvert() = none,
+        "row_center"_a.noconvert() = none, "col_center"_a.noconvert() = none, "row_deviation"_a.noconvert() = none,
+        "col_deviation"_a.noconvert() = none, "stream"_a = 0, "Statistics of the rows and columns of every tile.");
+  m.def("grad", &grad, "block"_a, "row_weight"_a.noconvert(), "row_lse"_a.noconvert(), "row_range"_a.noconvert(),
+        "row_offset"_a.noconvert() = none, "col_weight"_a.noconvert() = none, "col_lse"_a.noconvert() = none,
+        "col_range"_a.noconvert() = none, "col_offset"_a.noconvert() = none, "g"_a.noconvert() = none,
+        "lift"_a.noconvert() = none, "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none,
+        "scaled"_a.noconvert() = none, "about"_a.noconvert() = none, "stream"_a = 0, "G of a block and sums of it.");
+  m.def("sigmoid", &sigmoid, "block"_a, "weight"_a.noconvert(), "softplus"_a.noconvert(), "g"_a.noconvert() = none,
+        "lift"_a.noconvert() = none, "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none,
+        "scaled"_a.noconvert() = none, "stream"_a = 0, "Sums of softplus, G of a block and sums of it.");
+  m.def("fold", &fold, "sums"_a.noconvert(), "out"_a.noconvert(), "stream"_a = 0, "Merges the statistics of tiles into out.");
+
+  m.attr("TILE") = TILE;
+  m.def("schedule", &schedule, "tiles_n"_a, "tiles_m"_a, "triangular"_a, "For tests: the walk over the tiles.");
+  m.def("fragment", &fragment, "For tests: where every accumulator of a tile is.");
+#if FLASHCL_SM90
+  m.def("fragment_is_right", &flashcl::fragment_is_right, "For tests: whether CuTe agrees with fragment().");
+#endif
 }

@@ -1,9 +1,423 @@
-"""The CUDA backend: its place. csrc/ has no kernels yet, and this module says so to whoever asks for it."""
+"""The CUDA backend: blocks of S go through the Hopper kernels of csrc/, the G they leave through library GEMMs.
+
+Tensors on a CPU run through the same code, lane by lane, by emulation in csrc/: that is for tests, and `unusable` says so.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import torch
+from torch import Tensor
+
+from flashcl.backends.gemm import addmm_
+from flashcl.engine.problem import Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
+
+try:
+    from flashcl import _C
+except ImportError as error:
+    _C, _MISSING = None, str(error)
+
+# Bound on the largest temporary of a call: the block of G in the backward, the statistics of the tiles in the forward.
+# 16k x 16k elements of 16 bits: blocks so large that adding them up in dx and dy costs nothing beside the GEMMs.
+WORKSPACE = 512 * 2**20
+
+# Of a block on the diagonal of S = S^T, the backward computes both halves, strip by strip: this many strips leave out most of
+# what is below the diagonal (3 / 8 of the block) while a strip is high enough for its GEMMs.
+_STRIPS = 4
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
-    return "csrc/ holds no kernels yet"
+    if _C is None:
+        return f"flashcl._C is not there: {_MISSING}"
+    if device.type != "cuda":
+        return f"the kernels run on CUDA devices, not on {device.type}"
+    arch = torch.cuda.get_device_capability(device)
+    if arch != (9, 0):
+        return f"the kernels are for sm_90, this is sm_{arch[0]}{arch[1]}"
+    if "90a" not in _C.build_info()["architectures"]:
+        return f"flashcl._C was built for {', '.join(_C.build_info()['architectures'])}, without 90a"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"the kernels multiply bfloat16 and float16, not {dtype}"
+    if torch.cuda.is_current_stream_capturing():
+        return None  # nothing may be looked at now
+    return _failed_check(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def kept_elements(p: Problem) -> int:
+    return 0  # the tiles of S never leave the chip
+
+
+# ---- sweep ---------------------------------------------------------------------------------------------------------------
+
+
+def sweep(p: Problem, *, need_cols: bool, keep: bool = False, workspace: int = WORKSPACE) -> Statistics:
+    a = _Arguments.of(p)
+    row = _no_pairs(p, len(p.x))  # (K, 2, N)
+    col = row if p.triangular else _no_pairs(p, len(p.y)) if need_cols else None
+    deviation = None if p.center is None else torch.zeros(len(p.x), dtype=torch.float64, device=p.x.device)
+
+    def place(lines: int, tiles: int) -> list[Tensor | None]:
+        """Room for the sums (K, 2, tiles, lines) and the deviations (tiles, lines) of every tile."""
+        sums = torch.empty(p.classes, 2, tiles, lines, device=p.x.device)
+        return [sums, None if deviation is None else sums.new_empty(tiles, lines)]
+
+    for i, j in _blocks(p, workspace / _bytes_of_sums(p)):
+        diagonal = p.triangular and i == j
+        rows = place(_whole(i), _tiles(j))
+        cols = rows if diagonal else [None, None] if col is None else place(_whole(j), _tiles(i))
+        row_center, col_center = (None if a.center is None else a.center[at.start :] for at in (i, j))
+        with _on(p.x.device) as stream:
+            _C.sweep(a.block(i, j, diagonal), rows[0], cols[0], row_center, col_center, rows[1], cols[1], stream)
+        for (sums, deviations), out, at in ((rows, row, i), (cols, col, j))[: 1 if diagonal or col is None else 2]:
+            with _on(p.x.device) as stream:
+                _C.fold(sums, out[:, :, at], stream)
+            if deviation is not None:
+                deviation[at] += deviations.sum(0, dtype=torch.float64)[: at.stop - at.start]
+    return Statistics(_log_sum_exp(row), _log_sum_exp(col) if need_cols and not p.triangular else None, deviation)
+
+
+def _no_pairs(p: Problem, n: int) -> Tensor:
+    """top and total of every class, (K, 2, n), over no pair."""
+    sums = torch.zeros(p.classes, 2, n, device=p.x.device)
+    sums[:, 0] = -torch.inf
+    return sums
+
+
+def _log_sum_exp(sums: Tensor) -> LogSumExp:
+    top, total = sums.unbind(1)
+    return LogSumExp(torch.where(total.isnan(), total, top), total.log())  # a maximum on a GPU passes over NaN
+
+
+def _bytes_of_sums(p: Problem) -> float:
+    """Of the statistics of all tiles, per logit: top and total of every class and perhaps a deviation, of rows and columns."""
+    return 4 * (2 * p.classes + (p.center is not None)) * 2 / _C.TILE
+
+
+def sweep_softplus(p: Problem, *, workspace: int = WORKSPACE) -> Tensor:
+    p = dataclasses.replace(p, triangular=False)
+    a, ones = _Arguments.of(p), torch.ones(_whole(slice(0, len(p.x))), device=p.x.device)
+    total = torch.zeros(len(p.x), device=p.x.device)
+    for i, j in _blocks(p, workspace / _bytes_of_sums(p)):
+        sums = ones.new_empty(_tiles(j), _whole(i))
+        with _on(p.x.device) as stream:
+            _C.sigmoid(a.block(i, j), ones, sums, stream=stream)
+        total[i] += sums.sum(0)[: i.stop - i.start]
+    return total
+
+
+# ---- grad ----------------------------------------------------------------------------------------------------------------
+
+
+def grad(
+    p: Problem,
+    c: Softmax | Sigmoid,
+    *,
+    need_x: bool,
+    need_y: bool,
+    need_bias: bool,
+    need_scale: bool,
+    kept: Tensor | None = None,
+    workspace: int = WORKSPACE,
+) -> Grads:
+    if p.triangular and isinstance(c, Sigmoid):  # no loss asks for this: walk all of S
+        p = dataclasses.replace(p, triangular=False)
+        full = grad(p, c, need_x=need_x, need_y=need_x, need_bias=False, need_scale=need_scale, workspace=workspace)
+        return Grads(full.dx + full.dy if need_x else None, None, d_scale=full.d_scale, row_sum=full.row_sum)
+
+    def zeros(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.zeros(shape, device=p.x.device) if wanted else None
+
+    N, M, D = len(p.x), len(p.y), p.x.shape[1]
+    dx, dy = zeros(need_x, N, D), zeros(need_y and not p.triangular, M, D)
+    g_rows, g_cols, row_sum = zeros(need_bias, N), zeros(need_bias, M), zeros(isinstance(c, Sigmoid), N)
+    d_scale = torch.zeros((), dtype=torch.float64, device=p.x.device) if need_scale else None
+
+    a = _Arguments.of(p)
+    row, col = _sides(p, c)
+    lift = _lift(row, col) if p.x.dtype == torch.float16 else None
+    buffer = None  # of G: the first block is the largest
+    for i, j in _strips(p, workspace / p.x.itemsize):
+        g = None
+        if dx is not None or dy is not None:
+            shape = _whole(i), _whole(j)
+            buffer = torch.empty(math.prod(shape), dtype=a.x.dtype, device=p.x.device) if buffer is None else buffer
+            g = buffer[: math.prod(shape)].view(shape)
+        sums = _tile_sums(p, i, j, need_bias=need_bias, need_scale=need_scale)
+        _launch(a.block(i, j), c, row.at(i), col and col.at(j), sums, g, lift, p.x.device)
+
+        for total, part, at in ((g_rows, sums.g_rows, i), (g_cols, sums.g_cols, j), (row_sum, sums.softplus, i)):
+            if total is not None:
+                total[at] += part.sum(0)[: at.stop - at.start]
+        own = len(range(N)[i]) if p.triangular and i.start == j.start else 0  # columns of the strip that are its rows
+        if need_scale:  # there G + G^T meets every pair twice
+            twice, once = sums.scaled.split([-(-own // _C.TILE), _tiles(j) - -(-own // _C.TILE)], dim=1)
+            d_scale += 0.5 * twice.sum(dtype=torch.float64) + once.sum(dtype=torch.float64)
+        if g is not None:
+            g, x, y = g[: i.stop - i.start, : j.stop - j.start], a.x[i, :D], a.y[j, :D]
+            if dx is not None:
+                addmm_(dx[i], g, y)
+            if dy is not None:
+                addmm_(dy[j], g.T, x)
+            if p.triangular and own < len(y):
+                addmm_(dx[j.start + own : j.stop], g[:, own:].T, x)
+
+    for d in (dx, dy):
+        if lift is not None and d is not None:
+            d /= lift
+    return Grads(dx, dy, g_rows, g_cols, d_scale, row_sum)
+
+
+class _Side(NamedTuple):
+    """The coefficients of G along the rows or along the columns, as csrc/block.h has them; with Sigmoid ones only weights."""
+
+    weight: Tensor  # (K, n); n is rounded up to whole tiles
+    lse: Tensor | None = None  # (K, n)
+    range: Tensor | None = None  # (tiles, 2)
+    offset: Tensor | None = None  # (n,)
+
+    def at(self, lines: slice) -> _Side:
+        """Of the lines from lines.start on. Only the last dimension is cut: a class is as far from the next one as before."""
+        cut = (None if v is None else v[..., lines.start :] for v in (self.weight, self.lse))
+        range = None if self.range is None else self.range[lines.start // _C.TILE :]
+        return _Side(*cut, range, None if self.offset is None else self.offset[lines.start :])
+
+
+def _sides(p: Problem, c: Softmax | Sigmoid) -> tuple[_Side, _Side | None]:
+    if isinstance(c, Sigmoid):
+        return _Side(_pad(c.row_weight, 0.0)), None
+    row = _side(c.row_weight, c.row_lse, c.row_offset)
+    if p.triangular:
+        return row, row
+    return row, None if c.col_weight is None else _side(c.col_weight, c.col_lse, c.col_offset)
+
+
+def _side(weight: Tensor, lse: LogSumExp, offset: Tensor | None) -> _Side:
+    """lse rounded to float32 for the kernel; what that loses, a factor of G near 1, goes to the weight."""
+    exact = lse.value()
+    rounded = exact.float()
+    lost = torch.where(exact.isfinite(), exact - rounded, 0.0)
+    weight = (weight * torch.exp(-lost)).float()
+    empty = lse.top == -torch.inf
+    weight, rounded = _pad(weight.masked_fill(empty, 0.0), 0.0), _pad(rounded.masked_fill(empty, torch.inf), torch.inf)
+    by_tile = rounded.unflatten(1, (-1, _C.TILE)).transpose(0, 1).flatten(1)  # (tiles, K * TILE)
+    finite = by_tile.masked_fill(by_tile == torch.inf, -torch.inf)
+    range = torch.stack([by_tile.amin(1), finite.amax(1)], 1)
+    return _Side(weight, rounded, range, None if offset is None else _pad(offset.float(), 0.0))
+
+
+class _TileSums(NamedTuple):
+    """Sums of every tile of a block, None where not wanted."""
+
+    g_rows: Tensor | None  # (tiles_m, N)
+    g_cols: Tensor | None  # (tiles_n, M)
+    softplus: Tensor  # (tiles_m, N)
+    scaled: Tensor | None  # (tiles_n, tiles_m)
+
+
+def _tile_sums(p: Problem, i: slice, j: slice, *, need_bias: bool, need_scale: bool) -> _TileSums:
+    def room(wanted: bool, *shape: int) -> Tensor | None:
+        return torch.empty(shape, device=p.x.device) if wanted else None
+
+    along_rows, along_cols = (_tiles(j), _whole(i)), (_tiles(i), _whole(j))
+    return _TileSums(
+        room(need_bias, *along_rows),
+        room(need_bias, *along_cols),
+        room(True, *along_rows),
+        room(need_scale, _tiles(i), _tiles(j)),
+    )
+
+
+def _launch(block, c, row: _Side, col: _Side | None, sums: _TileSums, g: Tensor | None, lift: Tensor | None, device) -> None:
+    of_g = dict(g=g, lift=lift, g_rows=sums.g_rows, g_cols=sums.g_cols, scaled=sums.scaled)
+    with _on(device) as stream:
+        if isinstance(c, Sigmoid):
+            _C.sigmoid(block, row.weight, sums.softplus, **of_g, stream=stream)
+        else:
+            about = c.about if sums.scaled is not None else None
+            sides = dict(row_weight=row.weight, row_lse=row.lse, row_range=row.range, row_offset=row.offset)
+            if col is not None:
+                sides |= dict(col_weight=col.weight, col_lse=col.lse, col_range=col.range, col_offset=col.offset)
+            _C.grad(block, **sides, **of_g, about=about, stream=stream)
+
+
+def _lift(row: _Side, col: _Side | None) -> Tensor:
+    """A power of two, (1,), that brings the largest possible |G| to 2^14: float16 ends at 2^16 and begins at 2^-24.
+
+    Computed on the device: the host must not wait for it. A NaN among the weights must not spoil the other rows.
+    """
+    vectors = [v for side in (row, col) if side is not None for v in (side.weight, side.offset) if v is not None]
+    largest = sum(v.nan_to_num(0.0, 0.0, 0.0).abs().amax() for v in vectors)
+    exponent = 14 - torch.log2(largest).ceil()
+    return torch.exp2(exponent.clamp(-100, 100)).reshape(1)  # exponent is inf where all weights are 0
+
+
+# ---- arguments -----------------------------------------------------------------------------------------------------------
+
+
+class _Arguments(NamedTuple):
+    """Embeddings and vectors as the kernels read them: copied, once, where they are not."""
+
+    x: Tensor
+    y: Tensor
+    logit_scale: Tensor
+    row_bias: Tensor | None
+    col_bias: Tensor | None
+    rows: tuple[Tensor, ...]  # id, range of the ids of each tile, label
+    cols: tuple[Tensor, ...]
+    center: Tensor | None
+
+    @staticmethod
+    def of(p: Problem) -> _Arguments:
+        x = _aligned(p.x)
+        y = x if p.triangular else _aligned(p.y)
+        biases = (None if v is None else _pad(v.detach()) for v in (p.row_bias, p.col_bias))
+        center = None if p.center is None else _pad(p.center)
+        return _Arguments(x, y, p.logit_scale.detach(), *biases, _ids(p.rows), _ids(p.cols), center)
+
+    def block(self, i: slice, j: slice, triangular: bool = False) -> Any:
+        """Rows i and columns j of S, whose starts are multiples of TILE."""
+
+        def vectors(side: str, ids: tuple[Tensor, ...], start: int) -> dict[str, Tensor]:
+            cuts = start, start // _C.TILE, start
+            return {f"{side}_{name}": v[cut:] for name, v, cut in zip(("id", "range", "label"), ids, cuts)}
+
+        row_bias, col_bias = (None if b is None else b[at.start :] for b, at in ((self.row_bias, i), (self.col_bias, j)))
+        ids = vectors("row", self.rows, i.start) | vectors("col", self.cols, j.start)
+        return _C.Block(self.x[i], self.y[j], self.logit_scale, row_bias, col_bias, **ids, triangular=triangular)
+
+
+def _ids(vectors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    if not vectors:
+        return ()
+    id, *label = (_pad(v.to(torch.int64)) for v in vectors)
+    tiles = id.unflatten(0, (-1, _C.TILE))
+    return id, torch.stack([tiles.amin(1), tiles.amax(1)], 1), *label
+
+
+def _pad(v: Tensor, value: float | None = None) -> Tensor:
+    """v (..., n), contiguous, with n rounded up to whole tiles: loads need no mask then.
+
+    What is added is `value`, or the last element again: ids beyond it could make a tile look for equal ones.
+    """
+    missing = -v.shape[-1] % _C.TILE
+    if missing == 0:
+        return v.contiguous()
+    last = v[..., -1:] if value is None else v.new_full((), value)
+    return torch.cat([v, last.expand(*v.shape[:-1], missing)], dim=-1)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x (N, D), or a copy with zeros up to the next multiple of 8 columns: TMA wants 16-byte aligned rows."""
+    x = x.detach()
+    (N, D), (row, element) = x.shape, x.stride()
+    if element == 1 and row >= D and D % 8 == 0 and row % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    padded = x.new_zeros(N, -(-D // 8) * 8)
+    padded[:, :D] = x
+    return padded
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[int]:
+    """The current stream of the device. Launches go to the current device, wherever their tensors are."""
+    if device.type != "cuda":
+        yield 0
+        return
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream().cuda_stream
+
+
+# ---- blocks --------------------------------------------------------------------------------------------------------------
+
+
+def _tiles(lines: slice) -> int:
+    return -(-(lines.stop - lines.start) // _C.TILE)
+
+
+def _whole(lines: slice) -> int:
+    return _tiles(lines) * _C.TILE
+
+
+def _blocks(p: Problem, cells: float) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the blocks of S, at most `cells` logits each; of S = S^T those on and above the diagonal.
+
+    They are as square as the matrix allows: a block of R rows and C columns adds to R rows of dx and to C rows of dy, so
+    that accumulation costs 1 / R + 1 / C per logit.
+    """
+    N, M = len(p.x), len(p.y)
+    edge = math.isqrt(int(cells))
+    rows = _pieces(slice(0, N), max(edge, int(cells) // max(M, 1)))
+    for i in rows:
+        for j in rows if p.triangular else _pieces(slice(0, M), max(edge, int(cells) // max(N, 1))):
+            if not p.triangular or j.start >= i.start:
+                yield i, j
+
+
+def _strips(p: Problem, cells: float) -> Iterator[tuple[slice, slice]]:
+    """The same, with strips in place of the blocks on the diagonal of S = S^T: each goes from its diagonal to the right."""
+    for i, j in _blocks(p, cells):
+        if p.triangular and i == j:
+            for strip in _pieces(i, -(-(i.stop - i.start) // _STRIPS)):
+                yield strip, slice(strip.start, i.stop)
+        else:
+            yield i, j
+
+
+def _pieces(lines: slice, limit: int) -> list[slice]:
+    """`lines` in pieces of about equal length, at most `limit` but at least a tile, of whole tiles."""
+    size = lines.stop - lines.start
+    limit = max(limit // _C.TILE, 1) * _C.TILE
+    count = max(-(-size // limit), 1)
+    length = max(-(-size // (count * _C.TILE)), 1) * _C.TILE
+    return [slice(at, min(at + length, lines.stop)) for at in range(lines.start, lines.stop, length)]
+
+
+# ---- self-check ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _failed_check(index: int) -> str | None:
+    """What is wrong with the kernels on this GPU, or None: a small problem against dense float64, once per process."""
+    device = torch.device("cuda", index)
+    wrong = [f"{name} is off by {error:.1e}" for name, error, allowed in self_check(device) if not error <= allowed]
+    if not wrong:
+        return None
+    reason = f"its self-check failed on {torch.cuda.get_device_name(device)}: {', '.join(wrong)}"
+    warnings.warn(f'flashcl: the backend "cuda" is switched off: {reason}', stacklevel=2)
+    return reason
+
+
+def self_check(device: torch.device) -> list[tuple[str, float, float]]:
+    """(quantity, error relative to the largest value, what is allowed), of ragged tiles with biases, ids and labels."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 72, generator=generator).to(torch.bfloat16).to(device) for n in (200, 300))
+    scale, bias = torch.full((1,), 0.3, device=device), torch.randn(200, generator=generator).to(device)
+    rows, cols = ((torch.arange(n, device=device), torch.arange(n, device=device) % 7) for n in (200, 300))
+    p = Problem(x, y, scale, bias, None, "by_label", rows, cols)
+    s = 0.3 * x.double() @ y.double().T + bias.double()[:, None]
+    same, positive = rows[0][:, None] == cols[0], rows[1][:, None] == cols[1]
+    members = [s.masked_fill(same | positive, -torch.inf), s.masked_fill(same | ~positive, -torch.inf)]
+
+    def off(got: Tensor, want: Tensor) -> float:
+        return ((got.double() - want).abs().amax() / want.abs().amax()).item()  # NaN where got has one
+
+    got = sweep(p, need_cols=True)
+    lse = [torch.stack([m.logsumexp(axis) for m in members]) for axis in (1, 0)]
+    weights = [torch.full_like(v, 0.5, dtype=torch.float32) for v in lse]
+    everything = dict(need_x=True, need_y=True, need_bias=False, need_scale=True)
+    grads = grad(p, Softmax(weights[0], got.row, weights[1], got.col), **everything)
+    g = sum(0.5 * (m - lse[0][k, :, None]).exp() + 0.5 * (m - lse[1][k]).exp() for k, m in enumerate(members))
+    out = [("row_lse", off(got.row.value(), lse[0]), 1e-6), ("col_lse", off(got.col.value(), lse[1]), 1e-6)]
+    out += [("dx", off(grads.dx, g @ y.double()), 8e-3), ("dy", off(grads.dy, g.T @ x.double()), 8e-3)]
+
+    p = dataclasses.replace(p, program="all", rows=(), cols=())
+    grads, g = grad(p, Sigmoid(torch.ones(200, device=device)), **everything), s.sigmoid()
+    loss = torch.nn.functional.softplus(s).sum(1)
+    return [*out, ("softplus", off(grads.row_sum, loss), 1e-6), ("dx of softplus", off(grads.dx, g @ y.double()), 8e-3)]

@@ -1,0 +1,54 @@
+// Merges the statistics that a sweep left of every tile into those of the lines, in a fixed order.
+//
+// A line is folded by FOLDERS of them: each takes every FOLDERS-th tile, then their results are merged one after the other.
+// Totals are float64: one more rounding per tile would show in a line of many tiles.
+#pragma once
+
+#include "lanes.h"
+
+namespace flashcl {
+
+// The statistics (K, 2, T, stride) of T tiles, merged into out (K, 2, n) whose planes are out_plane elements apart.
+struct FoldArgs {
+  const float* sums;
+  float* out;
+  int K, T, n;
+  int64_t stride, out_plane;
+};
+
+constexpr int FOLDERS = 8;
+
+// sum of exp(s - top) over some logits. Over none top is -inf; over +inf it is +inf, and the total too.
+struct Statistic {
+  float top = -INF;
+  double total = 0;
+
+  FLASHCL_BOTH void add(float other_top, double other_total) {
+    const float highest = fmaxf(top, other_top), shift = fabsf(highest) < INF ? highest : 0.0f;
+    total = total * decay(top - shift) + other_total * decay(other_top - shift);
+    top = highest;
+  }
+
+ private:
+  static FLASHCL_BOTH double decay(float x) { return x == 0.0f ? 1.0 : double(expf(x)); }
+};
+
+// What one of the FOLDERS finds in its tiles of line i of class k.
+FLASHCL_BOTH Statistic fold_part(const FoldArgs& a, int k, int i, int folder) {
+  const float* tops = a.sums + 2 * k * a.T * a.stride + i;
+  const float* totals = tops + a.T * a.stride;
+  Statistic part;
+  for (int64_t t = folder; t < a.T; t += FOLDERS) part.add(tops[t * a.stride], totals[t * a.stride]);
+  return part;
+}
+
+FLASHCL_BOTH void fold_parts(const FoldArgs& a, int k, int i, const Statistic (&parts)[FOLDERS]) {
+  float* top = a.out + 2 * k * a.out_plane + i;
+  Statistic all;
+  all.add(top[0], top[a.out_plane]);
+  for (const Statistic& part : parts) all.add(part.top, part.total);
+  top[0] = all.top;
+  top[a.out_plane] = float(all.total);
+}
+
+}  // namespace flashcl

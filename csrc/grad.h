@@ -1,0 +1,164 @@
+// G of one tile of S, from the log-sum-exps of its rows and columns:
+//
+//     G_ij = row_weight[k, i] exp(s_ij - row_lse[k, i]) + col_weight[k, j] exp(s_ij - col_lse[k, j])     k: class of (i, j)
+//            - (row_offset[i] + col_offset[j] where k = 1)
+//
+// Where the log-sum-exps of the tile are close to each other, one shift `low` serves all of them and one exp does:
+//
+//     G_ij = exp(s_ij - low) (a_i + b_j),   a_i = row_weight[i] exp(low - row_lse[i]),  b_j alike
+//
+// so it does where no gradient comes through the columns: low is row_lse[i] then, and b_j = 0.
+#pragma once
+
+#include "logits.h"
+#include "numerics.h"
+#include "sums.h"
+
+namespace flashcl {
+
+struct GradArgs {
+  Block block;
+  Side row, col;
+  Sums sums;
+  Output out;
+};
+
+template <class W, class Program>
+class Grad {
+  using F = typename W::F;
+  using I = typename W::I;
+  using B = typename W::B;
+  static constexpr int K = Program::CLASSES, R = Fragment::ROWS, C = Fragment::COLS;
+
+ public:
+  struct Shared {
+    float weight[K][TILE], lse[K][TILE];  // of the columns: b_j where the exp is shared, the coefficients where it is not
+    typename TileSums<W>::Shared sums;
+  };
+
+  FLASHCL_LANE Grad(const GradArgs& args, Seat<W> seat, Shared& shared)
+      : a_(args), seat_(seat), tile_(seat.tile), s_(shared), two_sided_(args.col.weight) {
+    // Past the edges there is no tile, and no range of it.
+    if (two_sided_ && a_.block.schedule().wanted(tile_))
+      shift_ = shared_shift(a_.row.range + 2 * tile_.n, a_.col.range + 2 * tile_.m);
+  }
+
+  // Coefficients of the columns.
+  FLASHCL_LANE void load() {
+    const I at = seat_.own_col();
+    FLASHCL_UNROLL
+    for (int k = 0; k < K; ++k) {
+      F weight = F(0.0f), lse = F(INF);
+      if (two_sided_) {
+        const int64_t line = k * a_.col.stride + int64_t(tile_.m) * TILE;
+        weight = W::load(a_.col.weight + line, at);
+        lse = W::load(a_.col.lse + line, at);
+        if (shift_.safe) weight = weight * W::exp(F(shift_.low) - lse);
+      }
+      W::store(s_.weight[k], at, weight, B(true));
+      W::store(s_.lse[k], at, lse, B(true));
+    }
+  }
+
+  template <class Acc>
+  FLASHCL_LANE void visit(Acc& acc) {
+    if (K == 2 || !whole(a_.block, tile_) || may_hold_equal_ids(a_.block, tile_)) {
+      if (two_sided_ && !shift_.safe)
+        visit_<true, false>(acc);
+      else
+        visit_<true, true>(acc);
+    } else if constexpr (K == 1) {
+      if (two_sided_ && !shift_.safe)
+        visit_<false, false>(acc);
+      else
+        visit_<false, true>(acc);
+    }
+  }
+
+  FLASHCL_LANE void finish() { TileSums<W>(a_.sums, a_.block, seat_, s_.sums).finish(); }
+
+ private:
+  const GradArgs& a_;
+  Seat<W> seat_;
+  Place tile_;
+  Shared& s_;
+  bool two_sided_;
+  SharedShift shift_{true, 0.0f};
+
+  // Coefficients of the rows that a lane meets.
+  struct RowSide {
+    F weight[K][R], shift[K][R], offset[R];  // a_i and low where the exp is shared, weight and lse where it is not
+  };
+
+  template <bool SHARED>
+  FLASHCL_LANE RowSide row_side() const {
+    RowSide out;
+    const int64_t n = int64_t(tile_.n) * TILE;
+    FLASHCL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      FLASHCL_UNROLL
+      for (int k = 0; k < K; ++k) {
+        out.weight[k][r] = W::load(a_.row.weight + k * a_.row.stride + n, seat_.row(r));
+        out.shift[k][r] = W::load(a_.row.lse + k * a_.row.stride + n, seat_.row(r));
+        if (SHARED && two_sided_) {
+          out.weight[k][r] = out.weight[k][r] * W::exp(F(shift_.low) - out.shift[k][r]);
+          out.shift[k][r] = F(shift_.low);
+        }
+      }
+      out.offset[r] = K == 2 && a_.row.offset ? W::load(a_.row.offset + n, seat_.row(r)) : F(0.0f);
+    }
+    return out;
+  }
+
+  template <bool MASKED, bool SHARED, class Acc>
+  FLASHCL_LANE void visit_(Acc& acc) {
+    const Pairs<W, Program, MASKED> pairs(a_.block, seat_);
+    const RowSide row = row_side<SHARED>();
+    const RowBias<W> row_bias(a_.block, seat_);
+    const float scale = *a_.block.logit_scale;
+    TileSums<W> sums(a_.sums, a_.block, seat_, s_.sums);
+    const F about = F(sums.about());
+    FLASHCL_UNROLL
+    for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
+      W::step();
+      FLASHCL_UNROLL
+      for (int q = 0; q < C; ++q) {
+        const I at = seat_.col(chunk, q);
+        const F bias = col_value<W>(a_.block.col_bias, tile_, at);
+        const F offset = K == 2 ? col_value<W>(a_.col.offset, tile_, at) : F(0.0f);
+        FLASHCL_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const int i = Fragment::place(r, chunk, q);
+          const F product = acc[i];
+          F s = logit<W>(product, scale, row_bias.at[r], bias);
+          if (MASKED) s = W::select(pairs.dropped(i), F(-INF), s);
+          const B positive = pairs.positive(i);
+          F g = weighted_exp<SHARED>(s, positive, row, r, at);
+          if (K == 2) g = W::select(positive, g - (row.offset[r] + offset), g);
+          if (MASKED) g = W::select(pairs.dropped(i), F(0.0f), g);  // again: 0 times the NaN of a line is not 0
+          sums.scaled = W::fma(g, product - about, sums.scaled);
+          acc[i] = W::settled(g);
+        }
+      }
+      sums.add(acc, chunk);
+    }
+    sums.store();
+    lift<W>(acc, a_.out.lift);
+  }
+
+  template <bool SHARED>
+  FLASHCL_LANE F weighted_exp(F s, B positive, const RowSide& row, int r, I at) const {
+    F row_weight = row.weight[0][r], shift = row.shift[0][r], weight = W::load_shared(s_.weight[0], at), lse;
+    if (!SHARED) lse = W::load_shared(s_.lse[0], at);
+    if constexpr (K == 2) {
+      row_weight = W::select(positive, row.weight[1][r], row_weight);
+      shift = W::select(positive, row.shift[1][r], shift);
+      weight = W::select(positive, W::load_shared(s_.weight[1], at), weight);
+      if (!SHARED) lse = W::select(positive, W::load_shared(s_.lse[1], at), lse);
+    }
+    if (SHARED) return W::exp(s - shift) * (row_weight + weight);
+    return W::fma(row_weight, W::exp(s - shift), weight * W::exp(s - lse));
+  }
+};
+
+}  // namespace flashcl

@@ -1,0 +1,110 @@
+// From a product <x_i, y_j> to its logit: scale, biases, and what the pair program says of the pair.
+#pragma once
+
+#include "block.h"
+
+namespace flashcl {
+
+// Pair programs, as engine/problem.py has them. `all` is Different without ids.
+struct Different {
+  static constexpr int CLASSES = 1;
+};
+struct ByLabel {
+  static constexpr int CLASSES = 2;
+};
+
+// Whether a tile can hold equal ids. Ids are mostly ranges of integers: few tiles do.
+FLASHCL_LANE bool may_hold_equal_ids(const Block& block, Place tile) {
+  if (!block.row_id) return false;
+  const int64_t *row = block.row_range + 2 * tile.n, *col = block.col_range + 2 * tile.m;
+  return row[0] <= col[1] && col[0] <= row[1];
+}
+
+FLASHCL_LANE bool whole(const Block& block, Place tile) {
+  return (tile.n + 1) * TILE <= block.N && (tile.m + 1) * TILE <= block.M;
+}
+
+// Which pairs of a tile do not count, and which are of class 1: one bit for each place of a lane. MASKED: something of the tile
+// is dropped, or there are classes; without it nothing of this exists at run time.
+template <class W, class Program, bool MASKED>
+class Pairs {
+  using I = typename W::I;
+  using L = typename W::L;
+  using U = typename W::U;
+  using B = typename W::B;
+  static constexpr int R = Fragment::ROWS;
+  static_assert(MASKED || Program::CLASSES == 1, "classes are told apart by vectors");
+
+  U dropped_[4], positive_[4];
+
+ public:
+  FLASHCL_LANE Pairs(const Block& block, const Seat<W>& seat) {
+    if constexpr (MASKED) {
+      const bool ids = may_hold_equal_ids(block, seat.tile);
+      const int64_t n = int64_t(seat.tile.n) * TILE, m = int64_t(seat.tile.m) * TILE;
+      const I rows_left = I(block.N - int(n)), cols_left = I(block.M - int(m));
+      L row_id[R], row_label[R];
+      FLASHCL_UNROLL
+      for (int r = 0; r < R; ++r) {
+        row_id[r] = ids ? W::load(block.row_id + n, seat.row(r)) : L(0);  // without equal ids: two numbers that differ
+        if constexpr (Program::CLASSES == 2) row_label[r] = W::load(block.row_label + n, seat.row(r));
+      }
+      for (int i = 0; i < 4; ++i) dropped_[i] = positive_[i] = U(0);
+      FLASHCL_UNROLL
+      for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
+        W::step();
+        FLASHCL_UNROLL
+        for (int q = 0; q < Fragment::COLS; ++q) {
+          const I at = seat.col(chunk, q);
+          const L col_id = ids ? W::load(block.col_id + m, at) : L(1);
+          FLASHCL_UNROLL
+          for (int r = 0; r < R; ++r) {
+            const int place = Fragment::place(r, chunk, q), word = place / 32;
+            const B out = !((at < cols_left) & (seat.row(r) < rows_left)) | (row_id[r] == col_id);
+            dropped_[word] = W::settled(dropped_[word] | W::bit(out, place % 32));
+            if constexpr (Program::CLASSES == 2) {
+              const B same = row_label[r] == W::load(block.col_label + m, at);
+              positive_[word] = W::settled(positive_[word] | W::bit(same & !out, place % 32));
+            }
+          }
+        }
+      }
+    }
+  }
+
+  // Whether the pair at a place is outside of the block or dropped.
+  FLASHCL_LANE B dropped(int place) const { return MASKED ? W::has(dropped_[place / 32], place % 32) : B(false); }
+
+  FLASHCL_LANE B positive(int place) const {
+    return Program::CLASSES == 2 ? W::has(positive_[place / 32], place % 32) : B(false);
+  }
+  FLASHCL_LANE void copy_positive(U (&bits)[4]) const {
+    for (int i = 0; i < 4; ++i) bits[i] = positive_[i];
+  }
+};
+
+// The biases of the rows that a lane meets; 0 if there are none.
+template <class W>
+struct RowBias {
+  typename W::F at[Fragment::ROWS];
+
+  FLASHCL_LANE RowBias(const Block& block, const Seat<W>& seat) {
+    FLASHCL_UNROLL
+    for (int r = 0; r < Fragment::ROWS; ++r)
+      at[r] = block.row_bias ? W::load(block.row_bias + int64_t(seat.tile.n) * TILE, seat.row(r)) : typename W::F(0.0f);
+  }
+};
+
+// s of a product; the mask is applied by the caller, who also needs it for other things.
+template <class W>
+FLASHCL_LANE typename W::F logit(typename W::F product, float scale, typename W::F row_bias, typename W::F col_bias) {
+  return W::fma(product, typename W::F(scale), row_bias) + col_bias;
+}
+
+// A bias, or another value of the columns, for one column of the tile; 0 if there is none.
+template <class W>
+FLASHCL_LANE typename W::F col_value(const float* p, Place tile, typename W::I at) {
+  return p ? W::load(p + int64_t(tile.m) * TILE, at) : typename W::F(0.0f);
+}
+
+}  // namespace flashcl

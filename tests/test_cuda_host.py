@@ -1,0 +1,440 @@
+"""The CUDA backend without a GPU: its epilogues, walks and layouts, run on the CPU by the code that the GPU runs.
+
+csrc/emulate.cpp does to tiles of a CPU product what the kernels do to those of the tensor cores, lane by lane, and
+flashcl.backends.cuda takes CPU tensors through it. What only a GPU can show (TMA, wgmma, barriers) is in test_cuda_gpu.py.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+_C = pytest.importorskip("flashcl._C", reason="flashcl._C was not built: no nvcc, or no CUTLASS headers")
+
+from flashcl.backends import cuda as backend, torch as reference
+from flashcl.engine.problem import CLASSES, LogSumExp, Problem, Sigmoid, Softmax
+
+TILE = _C.TILE
+DTYPES = [torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1), (1, 200, 8), (130, 127, 5), (128, 128, 40), (300, 260, 72)]  # (N, M, D): 1 to 3 tiles, ragged or not
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+def problem(N, M, D, dtype=torch.bfloat16, program="all", *, scale=0.5, bias=False, triangular=False, seed=0, classes=4):
+    g = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(shape, generator=g)
+
+    def vectors(size, first):
+        ids = torch.arange(size) + first
+        labels = torch.randint(classes, (size,), generator=g) * 2**33 - 2**34  # beyond int32, equal modulo 2^32
+        return (ids, labels)[: {"all": 0, "different": 1, "by_label": 2}[program]]
+
+    x = random(N, D).to(dtype)
+    y = x if triangular else random(M, D).to(dtype)
+    rows = vectors(N, 0)
+    cols = rows if triangular else vectors(M, 3)
+    row_bias, col_bias = (random(N), random(1).expand(M)) if bias else (None, None)
+    return Problem(x, y, torch.tensor([scale]), row_bias, col_bias, program, rows, cols, triangular=triangular)
+
+
+def in_float64(p):
+    """The same problem, for the torch backend: its results are exact beside those of 16 bits."""
+
+    def wide(v):
+        return None if v is None else v.double()
+
+    x = p.x.double()
+    return dataclasses.replace(
+        p, x=x, y=x if p.triangular else p.y.double(), logit_scale=p.logit_scale.double(),
+        row_bias=wide(p.row_bias), col_bias=wide(p.col_bias), center=wide(p.center),
+    )  # fmt: skip
+
+
+def wide_coefficients(c):
+    """Softmax or Sigmoid coefficients in float64."""
+
+    def wide(v):
+        if isinstance(v, LogSumExp):
+            return LogSumExp(v.top.double(), v.rest.double())
+        return None if v is None else v.double()
+
+    return type(c)(**{f.name: wide(getattr(c, f.name)) for f in dataclasses.fields(c)})
+
+
+def narrow(lse):
+    """A float64 log-sum-exp as top + rest in float32."""
+    top = lse.top.float()
+    rest = torch.where(top.isinf(), lse.rest, lse.rest + (lse.top - top.double()))
+    return LogSumExp(top, rest.float())
+
+
+def softmax(p, *, cols=True, seed=1, weight=1.0):
+    """Coefficients with random weights, some of them 0, and the true log-sum-exps."""
+    g = torch.Generator().manual_seed(seed)
+    statistics = reference.sweep(in_float64(p), need_cols=True, keep=False)
+
+    def random(*shape):
+        w = torch.randn(shape, generator=g) * weight
+        return torch.where(torch.rand(shape, generator=g) < 0.2, 0.0, w)
+
+    N, M, K = len(p.x), len(p.y), p.classes
+    row_weight, col_weight = random(K, N), random(K, M)
+    row_offset, col_offset = (0.1 * random(N), 0.1 * random(M)) if K == 2 else (None, None)
+    if p.triangular or not cols:
+        return Softmax(row_weight, narrow(statistics.row), row_offset=row_offset, about=torch.tensor([0.3]))
+    rows, columns = narrow(statistics.row), narrow(statistics.col)
+    return Softmax(row_weight, rows, col_weight, columns, row_offset, col_offset, torch.tensor([0.3]))
+
+
+def assert_close(out, ref, tolerance, what="", relative=True):
+    """The same infinities and NaNs, and elsewhere an error below the tolerance (relative: of the largest value)."""
+    assert out.shape == ref.shape, what
+    assert torch.equal(out.isnan(), ref.isnan()), f"{what}: NaN elsewhere than in the reference"
+    infinite = ref.isinf()
+    assert torch.equal(out.isinf(), infinite) and torch.equal(out[infinite].sign(), ref[infinite].to(out.dtype).sign()), what
+    finite = ref.isfinite()
+    if finite.any():
+        error = (out.double() - ref)[finite].abs().max().item()
+        bound = tolerance * (max(ref[finite].abs().max().item(), 1e-30) if relative else 1)
+        assert error <= bound, f"{what}: error {error:.2e}, allowed {bound:.2e}"
+
+
+def check_sweep(p, *, need_cols=True, tolerance=2e-6, **options):
+    got = backend.sweep(p, need_cols=need_cols, **options)
+    ref = reference.sweep(in_float64(p), need_cols=need_cols, keep=False)
+    assert (got.col is None) == (ref.col is None)
+    for out, want in ((got.row, ref.row), (got.col, ref.col)):
+        if want is None:
+            continue
+        want = want.value()
+        largest = max(1.0, want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0)
+        assert out.top.dtype == out.rest.dtype == torch.float32
+        assert ((out.top.double() - 87 < want) | ~want.isfinite()).all()
+        assert torch.equal(out.top == -torch.inf, want == -torch.inf)
+        assert_close(out.value(), want, tolerance * largest, relative=False)
+    return got, ref
+
+
+TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}  # of the largest element
+
+
+def check_grad(p, c, *, need_bias=False, tolerance=None, **options):
+    exact, tolerance = tolerance is None, tolerance or TOLERANCE[p.x.dtype]
+    wanted = dict(need_x=True, need_y=True, need_bias=need_bias, need_scale=True)
+    got = backend.grad(p, c, **wanted, **options)
+    ref = reference.grad(in_float64(p), wide_coefficients(c), **wanted)
+    assert (got.dy is None) == p.triangular
+    for name in ("dx", "dy"):
+        if getattr(got, name) is not None:
+            assert_close(getattr(got, name), getattr(ref, name), tolerance, name)
+    # Of a triangular problem half the terms may cancel the others: measured by the size of a gradient times a vector.
+    size = (ref.dx.abs() * p.x.double().abs()).sum() + 1e-30
+    if ref.d_scale.isfinite():
+        assert abs(got.d_scale - ref.d_scale) <= (2e-5 if exact else tolerance) * size, "d_scale"
+    else:
+        assert not got.d_scale.isfinite()
+    for name, allowed in (("g_rows", 2e-5), ("g_cols", 2e-5), ("row_sum", 2e-6)):
+        assert (getattr(got, name) is None) == (name != "row_sum" and not need_bias or name == "row_sum" and isinstance(c, Softmax))
+        if getattr(got, name) is not None:
+            assert_close(getattr(got, name), getattr(ref, name), allowed, name)
+    return got
+
+
+# ---- walks and layouts ---------------------------------------------------------------------------------------------------
+
+
+@given(tiles_n=st.integers(1, 40), tiles_m=st.integers(1, 40), triangular=st.booleans())
+def test_a_walk_meets_every_tile_once(tiles_n, tiles_m, triangular):
+    tiles_m = tiles_n if triangular else tiles_m
+    walk = _C.schedule(tiles_n, tiles_m, triangular)
+    wanted = [(n, m) for _, _, n, m, counts in walk if counts]
+    every = [(n, m) for n in range(tiles_n) for m in range(tiles_m) if not triangular or m >= n]
+    assert sorted(wanted) == every
+    # Beside them only what a unit of two rows, or a square of two by two, has past the edge and below the diagonal.
+    assert len(walk) - len(wanted) <= (2 * tiles_n + 3 if triangular else tiles_m)
+
+
+@given(tiles_n=st.integers(1, 40), tiles_m=st.integers(1, 40), triangular=st.booleans())
+def test_the_ctas_of_a_cluster_share_their_columns(tiles_n, tiles_m, triangular):
+    walk = _C.schedule(tiles_n, tiles_n if triangular else tiles_m, triangular)
+    for upper, lower in zip(walk[::2], walk[1::2]):
+        assert upper[:2] == (lower[0], 0) and lower[1] == 1
+        assert upper[3] == lower[3] and lower[2] == upper[2] + 1 and upper[2] % 2 == 0
+
+
+def test_a_wave_shares_rows_and_columns():
+    """66 units that run together (an H100 has 132 processors) read few tiles of x and y."""
+    walk = _C.schedule(512, 512, False)
+    for start in range(0, len(walk) - 132, 132):
+        wave = walk[start : start + 132]
+        assert len({n for _, _, n, _, _ in wave}) + len({m for _, _, _, m, _ in wave}) <= 8 + 18 + 8
+
+
+def test_every_accumulator_has_a_place():
+    places = _C.fragment()
+    assert sorted((row, col) for *_, row, col in places) == [(i, j) for i in range(TILE) for j in range(TILE)]
+    for warp in range(4):
+        for lane in range(32):
+            assert sorted(p for w, l, p, *_ in places if (w, l) == (warp, lane)) == list(range(128))
+            break  # all lanes are alike: 128 of 16384 places are enough
+    by_row = {}
+    for warp, lane, _, row, _ in places:
+        by_row.setdefault(row, set()).add((warp, lane // 4))
+    assert all(len(quads) == 1 for quads in by_row.values())  # a row lies in one quad of one warp
+
+
+@pytest.mark.skipif("90a" not in _C.build_info()["architectures"], reason="built without sm_90a")
+def test_places_are_where_wgmma_leaves_them():
+    assert _C.fragment_is_right()
+
+
+# ---- programs, dtypes, shapes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("program", CLASSES)
+def test_sweep_and_grad(program, dtype):
+    for N, M, D in SHAPES:
+        p = problem(N, M, D, dtype, program, scale=2 / math.sqrt(D), bias=D in (5, 72))
+        check_sweep(p)
+        check_grad(p, softmax(p), need_bias=D == 72)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softplus_and_sigmoid(dtype):
+    for N, M, D in SHAPES:
+        for program in ("all", "different"):
+            p = problem(N, M, D, dtype, program, scale=4 / math.sqrt(D), bias=True)
+            assert_close(backend.sweep_softplus(p), reference.sweep_softplus(in_float64(p)), 1e-6)
+            check_grad(p, Sigmoid(torch.randn(N)), need_bias=True)
+
+
+@given(
+    N=st.integers(1, 300), M=st.integers(1, 300), D=st.integers(1, 40), program=st.sampled_from(list(CLASSES)),
+    scale=st.sampled_from([-1.0, 0.0, 0.1, 1.0, 30.0]), bias=st.booleans(), seed=st.integers(0, 100),
+)  # fmt: skip
+def test_any_problem(N, M, D, program, scale, bias, seed):
+    p = problem(N, M, D, program=program, scale=scale / math.sqrt(D), bias=bias, seed=seed)
+    check_sweep(p)
+    check_grad(p, softmax(p, seed=seed), need_bias=bias)
+
+
+@pytest.mark.parametrize("program", CLASSES)
+def test_one_direction(program):
+    p = problem(200, 150, 40, program=program)
+    check_sweep(p, need_cols=False)
+    check_grad(p, softmax(p, cols=False))
+
+
+def test_only_what_is_asked_for():
+    p = problem(40, 50, 16)
+    c = softmax(p)
+    got = backend.grad(p, c, need_x=False, need_y=True, need_bias=False, need_scale=False)
+    assert got.dx is None and got.g_rows is None and got.row_sum is None and got.d_scale is None and got.dy is not None
+    got = backend.grad(p, c, need_x=False, need_y=False, need_bias=True, need_scale=False)
+    assert got.dx is None and got.dy is None and got.g_rows is not None
+
+
+def test_no_rows_or_no_columns():
+    for N, M in ((0, 5), (5, 0)):
+        p = problem(N, M, 8, program="different")
+        got = backend.sweep(p, need_cols=True)
+        row, col = got.row.value(), got.col.value()
+        assert row.shape == (1, N) and col.shape == (1, M) and (row == -torch.inf).all() and (col == -torch.inf).all()
+        c = Softmax(torch.ones(1, N), got.row, torch.ones(1, M), got.col)
+        got = backend.grad(p, c, need_x=True, need_y=True, need_bias=True, need_scale=True)
+        assert got.dx.shape == (N, 8) and got.dy.shape == (M, 8) and not got.dx.any() and not got.dy.any()
+
+
+def test_strides():
+    """Transposed, sliced, shifted and broadcast inputs are what their elements are."""
+    base = problem(40, 50, 24, program="different")
+    wide = torch.randn(40, 80).bfloat16()
+    views = [torch.randn(24, 40).bfloat16().T, wide[:, 3:27], wide[:, ::2][:, :24], wide[:1, :24].expand(40, 24), wide[:, 16:40]]
+    assert backend._aligned(views[-1]) is not views[-1] and backend._aligned(views[-1]).data_ptr() == views[-1].data_ptr()
+    for x in views:
+        p = dataclasses.replace(base, x=x, rows=(torch.arange(80)[::2],))
+        check_sweep(p)
+        check_grad(p, softmax(p))
+
+
+# ---- hard values ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("program", CLASSES)
+def test_wild_logits(program, dtype):
+    """Logits up to 1e4: rows and columns of one tile whose maxima are thousands apart."""
+    p = problem(200, 150, 16, dtype, program, scale=30.0)
+    p = dataclasses.replace(p, x=(p.x * torch.logspace(-3, 1.4, 200)[:, None]).to(dtype))
+    assert 5e3 < p.x.double().mm(p.y.double().T).mul(30).abs().max() < 2e4
+    check_sweep(p)
+    check_grad(p, softmax(p), tolerance=1e-2)  # float32 logits of 1e4 are uncertain by 1e-3
+
+
+@pytest.mark.parametrize("program", CLASSES)
+@pytest.mark.parametrize("depth", [0, 1, 20, 55, 62, 63, 70, 88, 104, 120, 1000])
+def test_lines_far_below_their_tile(program, depth):
+    """On both sides of the two thresholds: one top for a warp, one exp for rows and columns."""
+    p = problem(140, 140, 16, program=program)
+    row_bias, col_bias = torch.zeros(140), torch.zeros(140)
+    row_bias[5], col_bias[[7, 130]] = -depth, -depth
+    p = dataclasses.replace(p, row_bias=row_bias, col_bias=col_bias)
+    check_sweep(p, tolerance=4e-7)
+    check_grad(p, softmax(p))
+
+
+def test_lines_without_pairs():
+    """Biases of -inf, and ids that leave a row or a column nothing: log-sum-exp -inf, gradient 0, neighbours unharmed."""
+    p = problem(140, 150, 16, program="by_label")
+    row_bias, col_bias = torch.randn(140), torch.randn(150)
+    row_bias[[0, 33]] = -torch.inf
+    col_bias[[7, 149]] = -torch.inf
+    p = dataclasses.replace(p, row_bias=row_bias, col_bias=col_bias)
+    check_sweep(p)
+    everyone = dataclasses.replace(p, program="all", rows=(), cols=())
+    got = check_grad(everyone, softmax(everyone))
+    assert not got.dx[[0, 33]].any() and not got.dy[[7, 149]].any()
+
+    same = torch.zeros(140, dtype=torch.int64)  # every pair dropped
+    p = dataclasses.replace(problem(140, 140, 16, program="different"), rows=(same,), cols=(same,))
+    check_sweep(p)
+    c = softmax(p)
+    got = check_grad(p, dataclasses.replace(c, row_weight=torch.full_like(c.row_weight, torch.nan)))
+    assert not got.dx.any()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("program", ["all", "different"])
+def test_not_finite_inputs_come_out_where_they_belong(program, value):
+    p = problem(140, 150, 16, program=program)
+    p.x[135, 3] = value
+    check_sweep(p)
+    check_grad(p, softmax(p))
+    p = problem(140, 150, 16, program=program)
+    bias = torch.zeros(140)
+    bias[4] = value
+    check_sweep(dataclasses.replace(p, row_bias=bias))
+
+
+def test_nan_weight_stays_in_its_row():
+    p = problem(140, 150, 16, torch.float16)
+    c = softmax(p, cols=False)
+    c.row_weight[0, 3] = torch.nan
+    got = backend.grad(p, c, need_x=True, need_y=False, need_bias=False, need_scale=False)
+    assert got.dx[3].isnan().all() and got.dx.isnan().any(1).sum() == 1
+
+
+@pytest.mark.parametrize("weight", [1e-9, 1e-4, 1e6])
+def test_half_precision_neither_flushes_nor_overflows(weight):
+    for program in ("all", "by_label"):
+        p = problem(64, 70, 16, torch.float16, program)
+        check_grad(p, softmax(p, weight=weight))
+    check_grad(p := problem(64, 70, 16, torch.float16), Sigmoid(torch.randn(64) * weight))
+    zero = softmax(p, weight=0.0)
+    assert not backend.grad(p, zero, need_x=True, need_y=True, need_bias=False, need_scale=False).dx.any()
+
+
+def test_softplus_is_accurate_in_its_tail():
+    """One column: no sum to hide behind. From e^s down to 1e-37 and up to s itself."""
+    s = torch.linspace(-85, 200, 400).bfloat16()
+    row = backend.sweep_softplus(Problem(s[:, None], torch.ones(1, 1).bfloat16(), torch.ones(1)))
+    ref = torch.nn.functional.softplus(s.double(), threshold=100)
+    assert ((row.double() - ref).abs() <= 2e-7 * ref * (2 + s.abs())).all()  # exp(s) = 2^(s log2 e) loses |s| ulps
+
+
+# ---- blocks, order, symmetry ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", CLASSES)
+def test_blocks_give_the_whole(program):
+    """A workspace of a tile: blocks are split along the rows and along the columns, and add up."""
+    p = problem(300, 280, 16, torch.float16, program, bias=True)
+    assert len(list(backend._blocks(p, TILE * TILE))) == 9
+    check_sweep(p, workspace=1024)
+    check_grad(p, softmax(p), workspace=TILE * TILE * 2, need_bias=True)
+    if program != "by_label":
+        check_grad(p, Sigmoid(torch.randn(300)), workspace=TILE * TILE * 2, need_bias=True)
+        assert_close(backend.sweep_softplus(p, workspace=1024), reference.sweep_softplus(in_float64(p)), 1e-6)
+
+
+def test_blocks_are_bounded_and_cover_the_matrix_once():
+    for N, M in ((1, 1), (1, 10**6), (10**6, 1), (65536, 65536), (10**6, 10**6), (4096, 10**6), (16385, 16384), (0, 3)):
+        x, y = torch.empty(1, 1).expand(N, 1), torch.empty(1, 1).expand(M, 1)
+        for triangular in {False, N == M}:
+            p = Problem(x, y, torch.ones(1), triangular=triangular)
+            for walk in (backend._blocks, backend._strips):
+                blocks = list(walk(p, cells=2**28))
+                cells = [(i.stop - i.start) * (j.stop - j.start) for i, j in blocks]
+                assert all(c <= 2**28 for c in cells) and all(i.start % TILE == 0 == j.start % TILE for i, j in blocks)
+                own = sum((i.stop - i.start) ** 2 for i, j in blocks if i.start == j.start)
+                assert sum(cells) + (sum(cells) - own if triangular else 0) == N * M
+
+
+@pytest.mark.parametrize("workspace", [2**29, TILE * TILE * 2], ids=["one block", "blocks"])
+@pytest.mark.parametrize("program", CLASSES)
+def test_triangular(program, workspace):
+    """Half of S is computed, all of it counts: 1 to 5 tiles along the diagonal, odd and even, ragged and not."""
+    for N in (1, 127, 128, 200, 300, 512, 600):
+        p = problem(N, N, 8, program=program, triangular=True)
+        check_sweep(p, workspace=workspace)
+        check_grad(p, softmax(p), workspace=workspace)
+
+
+@pytest.mark.parametrize("workspace", [2**29, 1024], ids=["one block", "blocks"])
+def test_deviations_of_the_positives_from_a_center(workspace):
+    """Logits of 1e4: the deviation keeps what their sum would round away."""
+    for N in (1, 31, 140, 300):
+        p = problem(N, N, 16, program="by_label", triangular=True, scale=300.0)
+        s = p.x.double() @ p.x.double().T * 300
+        positive = (p.rows[1][:, None] == p.rows[1]) & (p.rows[0][:, None] != p.rows[0])
+        center = (s.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)).float()
+        got, ref = check_sweep(dataclasses.replace(p, center=center), workspace=workspace)
+        assert got.deviation.dtype == torch.float64
+        assert_close(got.deviation, ref.deviation, 1e-6 * N * s.abs().max().item(), relative=False)
+
+
+def test_triangular_sums_of_softplus():
+    p = problem(200, 200, 16, triangular=True)
+    assert_close(backend.sweep_softplus(p), reference.sweep_softplus(in_float64(p)), 1e-6)
+    check_grad(p, Sigmoid(torch.randn(200)))
+
+
+def test_the_self_check_passes_and_would_not_pass_anything(monkeypatch):
+    device = torch.device("cpu")
+    assert all(error <= allowed for _, error, allowed in backend.self_check(device))
+    original = backend._pad
+    monkeypatch.setattr(backend, "_pad", lambda v, value=None: original(v.roll(1, -1), value))  # a wrong index map
+    assert not any(error <= allowed for _, error, allowed in backend.self_check(device))
+
+
+# ---- what is refused -----------------------------------------------------------------------------------------------------
+
+
+def test_unusable():
+    assert "CUDA devices, not on cpu" in backend.unusable(torch.device("cpu"), torch.bfloat16)
+
+
+def test_arguments_are_checked():
+    x, one = torch.zeros(4, 8).bfloat16(), torch.ones(1)
+    for wrong, what in (
+        (dict(x=x[:, :4]), "multiple of 8"),
+        (dict(x=torch.zeros(4, 20).bfloat16()[:, 4:12]), "16-byte"),
+        (dict(x=x.half()), "dtype"),
+        (dict(y=torch.zeros(4, 16).bfloat16()), "columns of x"),
+        (dict(x=x[:0]), "rows"),
+        (dict(row_bias=torch.zeros(4)), "row_bias has fewer elements"),
+        (dict(row_id=torch.zeros(128, dtype=torch.int64)), "ranges"),
+        (dict(triangular=True), "one x"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            _C.Block(**dict(x=x, y=x.clone(), logit_scale=one) | wrong)
+    with pytest.raises(TypeError):
+        _C.Block(x, x, one.double())  # never converted behind one's back
+    with pytest.raises(ValueError, match="row_sums has fewer elements"):
+        _C.sweep(_C.Block(x, x, one), torch.zeros(1, 2, 1, 127))
