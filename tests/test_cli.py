@@ -52,7 +52,7 @@ sys.exit(main(["check", "--backend", "torch"]))
 def test_a_backend_that_cannot_run_fails_the_check_and_says_why():
     done = run("check", "--backend", "cuda")
     if "not usable" in done.stdout:
-        assert done.returncode == 1 and "csrc/ holds no kernels yet" in done.stdout
+        assert done.returncode == 1 and re.search(r"not usable: \w+", done.stdout)
     else:
         assert done.returncode == 0, done.stdout
 

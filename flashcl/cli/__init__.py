@@ -1,4 +1,4 @@
-"""The command line: flashcl info | check | bench | demo."""
+"""The command line: flashcl info | check | bench | demo | plan."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 import sys
 
 import flashcl
-from flashcl.cli import bench, check, demo, info
+from flashcl.cli import bench, check, demo, info, plan
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="flashcl", description=flashcl.__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"flashcl {flashcl.__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
-    for command in (info, check, bench, demo):
+    for command in (info, check, bench, demo, plan):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     try:

@@ -7,6 +7,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from flashcl.engine.blocks import chosen
+from flashcl.engine.ranks import Group
 
 BACKENDS = ("cuda", "triton", "torch")  # fastest first; the last one serves everything
 
@@ -39,10 +43,11 @@ def choose(backend: str, x: Tensor) -> str:
     return backend
 
 
-def explain(x: Tensor, y: Tensor | None = None) -> str:
+def explain(x: Tensor, y: Tensor | None = None, *, group: ProcessGroup | Group | None = None) -> str:
     """What backend="auto" takes for embeddings like x (N, D), and why it passes the others over.
 
-    Returns text of one line per backend, the chosen one marked.
+    With a group, how rows of the other ranks come here; nothing is sent, so that they are taken to hold as many as this one.
+    Returns text of one line per backend, the chosen one marked, and one for the group.
     """
     lines = [f"{len(x)} x {len(x if y is None else y)} logits of width {x.shape[1]}, {x.dtype} on {x.device}"]
     chosen = choose("auto", x)
@@ -52,7 +57,21 @@ def explain(x: Tensor, y: Tensor | None = None) -> str:
             lines.append(f"-> {name}: chosen, the first of {', '.join(BACKENDS)} that applies")
         else:
             lines.append(f"   {name}: {reason or 'applies, but is slower'}")
+    if group is not None:
+        lines.append(_explain_group(Group.of(group), x if y is None else y))
     return "\n".join(lines)
+
+
+def _explain_group(group: Group, y: Tensor) -> str:
+    ranks, line_bytes = group.process_group.size(), y.shape[1] * y.itemsize
+    size, strategy = ranks * len(y) * line_bytes, chosen(group.strategy, ranks * len(y), line_bytes, group.chunk_bytes)
+    rows = f"the rows of all ranks take about {size / 2**20:.1f} MiB"
+    reason = {
+        "gather": f"{rows}, no more than one all-gather of {group.chunk_bytes / 2**20:.1f} MiB brings: one wait, not {ranks - 1}",
+        "ring": f"{rows}, more than one all-gather of {group.chunk_bytes / 2**20:.1f} MiB: no row is padded, and of a "
+        "symmetric matrix half are sent",
+    }[strategy]
+    return f"   {ranks} ranks, {strategy}: {'asked for' if group.strategy != 'auto' else reason}"
 
 
 def _passed_over(name: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -37,8 +37,8 @@ class Problem:
     rows: tuple[Tensor, ...] = ()  # (N,) integer vectors that the program reads
     cols: tuple[Tensor, ...] = ()  # (M,)
     center: Tensor | None = None  # (N,) stat_dtype, only with K = 2: about the mean positive logit of a row
-    col_center: Tensor | None = None  # (M,) the same of a column, with center; None where triangular: it is `center`
     triangular: bool = False  # S = S^T: x is y, rows is cols, no biases; walk only the tiles on and above the diagonal
+    col_center: Tensor | None = None  # (M,) the same of a column, with center; None where triangular: it is `center`
 
     @staticmethod
     def of(

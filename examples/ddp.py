@@ -1,0 +1,25 @@
+"""DistributedDataParallel: it averages the ranks' gradients, which is all that flashcl expects of it.
+
+    torchrun --nproc-per-node 2 examples/ddp.py
+"""
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from towers import Towers, batch, finish, start
+
+import flashcl
+
+device = start()
+model = DistributedDataParallel(Towers(learnable_scale=False).to(device))
+criterion = flashcl.SigLIPLoss(group=dist.group.WORLD).to(device)  # learns its temperature and bias: they are averaged, too
+criterion = DistributedDataParallel(criterion)
+optimizer = torch.optim.AdamW([*model.parameters(), *criterion.parameters()], lr=1e-3)
+
+for step in range(30):
+    loss = criterion(*model(*batch(step, device)))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+
+finish(loss)
