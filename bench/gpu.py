@@ -145,6 +145,7 @@ class Check:
         outcomes |= {name: "not run" for name in found if outcomes.get(name) not in ("PASSED", "SKIPPED")}
         k, n = map(int, self.part.split("/"))
         todo = [name for name in found[k - 1 :: n] if outcomes[name] == "not run"]
+        todo.sort(key=lambda name: backend_of(name) not in KERNELS)  # what may be left is what also runs elsewhere
         if todo:
             _, text = self.run("tests", [*pytest, "-v", "--tb=short", *todo])
             outcomes |= outcomes_in(text)
@@ -294,23 +295,21 @@ def sanitized(code: int | None, text: str) -> str:
 
 
 def bench_lines(path: Path) -> list[str]:
-    """Forward and backward of every workload, one line for each provider that was measured or failed.
+    """A line for each workload: forward and backward of every provider that took part.
 
     From the file alone: a package that this call has installed is not seen by the process that did it.
     """
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    lines = []
+    workloads: dict[str, list[str]] = {}
     for row in rows:
-        name = f"{row['loss']} {row['n']:,} x {row['d']} {row['dtype']}".ljust(38) + row["provider"].ljust(18)
+        words = workloads.setdefault(f"{row['loss']} {row['n']:,} x {row['d']} {row['dtype']}", [])
         if row["status"] == "ok":
-            rate, floor = row["tflops"] / row["matrix_tflops"], row["ms"] / row["floor_ms"]
-            speed = (
-                f"{row['ms']:10.3f} ms {row['tflops']:8.3g} TFLOP/s {rate:5.0%} of the matrix rate {floor:6.2f} x floor"
-            )
-            lines.append(f"{name}{speed} {row['extra_mib']:8,.0f} MiB")
+            rate = row["tflops"] / row["matrix_tflops"]
+            words.append(f"{row['provider']} {row['ms']:.4g} ms {rate:.0%} {row['extra_mib']:,.0f} MiB")
         elif row["status"] != "skipped":
-            lines.append(f"{name}{row['status']} {row['note']}"[:150])
-    return lines
+            words.append(f"{row['provider']} {row['status'].upper()}")
+    title = ["  (median; useful FLOPs in % of the matrix rate of the run; peak extra memory)"] if workloads else []
+    return title + [f"  {name}: {'; '.join(words) or 'no provider is here'}" for name, words in workloads.items()]
 
 
 if __name__ == "__main__":

@@ -255,6 +255,23 @@ def test_a_process_without_memory_is_out_of_memory():
         measure._peak_in_fresh_process(work, "dense", limit=8 * 2**20)
 
 
+@pytest.mark.parametrize(
+    "code, stderr, error",
+    [
+        (1, "Traceback:\n  x\nMemoryError", MemoryError),
+        (-6, "terminate called after throwing an instance of 'std::bad_alloc'", MemoryError),
+        (-9, "", MemoryError),
+        (1, "Traceback:\n  x\nValueError: no", RuntimeError),
+        (0, "", RuntimeError),  # it printed no number
+    ],
+)
+def test_how_a_process_ends(monkeypatch, code, stderr, error):
+    ended = subprocess.CompletedProcess([], code, stdout="", stderr=stderr)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: ended)
+    with pytest.raises(error, match="ValueError: no" if "ValueError" in stderr else None):
+        measure._peak_in_fresh_process(SMALL, "dense")
+
+
 def test_a_provider_that_breaks_is_a_result(offered):
     def broken(**tensors):
         raise ValueError("needs D >= 64\nmore")
@@ -277,6 +294,30 @@ def test_what_is_not_installed_or_does_not_load_is_unavailable():
         providers._import("no_such_module", "no-such-package")
     with pytest.raises(providers.Unavailable, match="does not import: ModuleNotFoundError"):
         providers._import("no_such_module", "pytest")
+
+
+def test_a_broken_gpu_ends_the_process_and_resuming_goes_on(monkeypatch, tmp_path, capsys, no_children):
+    """Of the providers, only what the first ones are is certain; the next process tries the others."""
+    calls = []
+
+    def breaks(work, case):
+        def loss(x, y, logit_scale):
+            calls.append(1)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        return loss
+
+    monkeypatch.setitem(providers.PROVIDERS, "memeff", breaks)
+    monkeypatch.setattr(measure, "_lost", lambda device: len(calls) == 1)
+    path = tmp_path / "r.json"
+    sizes = ["--n", "48", "--d", "8", "--seconds", "0.01", "--mode", "full", "--device", "cpu", "--out", str(path)]
+    command = ["bench", *sizes, "--provider", "quack,memeff,dense"]
+    assert main(command) == 3 and "go on with --resume" in capsys.readouterr().err
+    first = {row.provider: row.status for row in Results.load(path).rows}
+    assert first == {"quack": "skipped", "memeff": "failed"}
+    calls.append(1)  # another process
+    assert main([*command, "--resume"]) == 0 and len(calls) == 2
+    assert {row.provider: row.status for row in Results.load(path).rows} == first | {"dense": "ok"}
 
 
 # ---- time
@@ -658,6 +699,16 @@ def test_the_summary_of_a_check(monkeypatch, tmp_path, capsys, change, code, ver
     assert gpu.Check("1/1", 60, tmp_path).state == check.state  # the next call goes on from it
     monkeypatch.setattr(gpu, "environment", lambda: dict(device="a GPU", arch="sm90", sources="456"))
     assert gpu.Check("1/1", 60, tmp_path).state["tests"] == {}  # but not with other sources
+
+
+def test_the_summary_has_a_line_for_each_workload(tmp_path):
+    rows = [*ROWS, replace(ROWS[0], provider="memeff"), replace(ROWS[2], provider="inf-cl", status="wrong")]
+    Results(ENVIRONMENT, rows).save(tmp_path / "r.json")
+    assert script("gpu").bench_lines(tmp_path / "r.json")[1:] == [
+        "  info_nce 64 x 16 float32: dense 1.5 ms 50% 3 MiB; memeff 1.5 ms 50% 3 MiB",
+        "  info_nce 128 x 16 float32: dense OOM; inf-cl WRONG",
+    ]
+    assert script("gpu").bench_lines(tmp_path / "none.json") == []
 
 
 def test_a_stage_ends_with_its_time(monkeypatch, tmp_path):

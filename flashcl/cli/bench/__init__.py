@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import sys
 import time
@@ -136,16 +135,17 @@ def _begin(args, device: torch.device) -> Results:
 def _measure_all(args, asked: list[Workload], device: torch.device, found: Results) -> int:
     """Measures, prints and saves one workload after the other; the exit code."""
     warnings.filterwarnings("ignore", module="torch")  # what torch.compile says of itself
-    done, each = {row.key for row in found.rows}, list(itertools.product(args.mode, args.provider))
-    jobs = [work for work in asked if not {(*astuple(work), *pair) for pair in each} <= done]
+    jobs = [(work, names) for work in asked if (names := _missing(args, work, found))]
     started = time.monotonic()
-    for k, work in enumerate(jobs):
+    for k, (work, names) in enumerate(jobs):
         if args.time_limit and time.monotonic() - started > args.time_limit:
             print(f"time limit: {len(jobs) - k} workloads are left for --resume", file=sys.stderr)
             return 3
-        report = Progress(f"[{k + 1}/{len(jobs)}] {work}")
+        report, lost = Progress(f"[{k + 1}/{len(jobs)}] {work}"), None
         try:
-            rows = measure.measure(work, args.provider, device, args.mode, args.seconds, report)
+            rows = measure.measure(work, names, device, args.mode, args.seconds, report)
+        except measure.DeviceLost as error:
+            rows, lost = error.rows, error
         except KeyboardInterrupt:
             kept = f"; {args.out} has {k} of {len(jobs)} workloads" if args.out else ""
             print(f"\ninterrupted{kept}", file=sys.stderr)
@@ -155,10 +155,16 @@ def _measure_all(args, asked: list[Workload], device: torch.device, found: Resul
         if args.out:
             found.save(args.out)
         print(f"\n{results.show(rows)}", flush=True)
-        if measure.broke_the_device(rows):
-            print("a provider broke the CUDA context of this process: go on with --resume", file=sys.stderr)
+        if lost:
+            print(f"{lost}: go on with --resume", file=sys.stderr)
             return 3
     return 0
+
+
+def _missing(args, work: Workload, found: Results) -> list[str]:
+    """The providers that were asked for and have no result at a workload in one of the modes."""
+    done = {row.key for row in found.rows}
+    return [name for name in args.provider if not {(*astuple(work), mode, name) for mode in args.mode} <= done]
 
 
 def _compare(new: Results, old: Results, strict: bool) -> int:

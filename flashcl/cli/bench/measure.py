@@ -40,8 +40,14 @@ TOLERANCE = {
     "bfloat16": (2e-2, 5e-2),
 }
 FEWEST, MOST = 3, 100  # rounds
-# CUDA, PyTorch's allocator on a CPU, Python, C++
-OUT_OF_MEMORY = ("CUDA out of memory", "can't allocate memory", "MemoryError", "std::bad_alloc")
+# PyTorch on a GPU, cuBLAS, PyTorch on a CPU, Python, C++
+OUT_OF_MEMORY = (
+    "CUDA out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory",
+    "MemoryError",
+    "std::bad_alloc",
+)
 Report = Callable[[str], None]
 
 
@@ -61,6 +67,14 @@ class Candidate:
         self.loss = None
 
 
+class DeviceLost(Exception):
+    """A provider broke the CUDA context of this process: no later call succeeds. Holds the rows that are certain."""
+
+    def __init__(self, rows: list[Row]):
+        super().__init__("a provider broke the CUDA context of this process")
+        self.rows = rows
+
+
 def measure(
     work: Workload, names: Iterable[str], device: torch.device, modes: Iterable[str], seconds: float, report: Report
 ) -> list[Row]:
@@ -74,18 +88,35 @@ def measure(
     truth = exact(work, case)
     for c in here:
         report(f"{c.name}: memory and correctness")
-        try:
-            if device.type == "cpu":  # first, in a process that may run out of memory in our place
-                c.extra_bytes = _peak_in_fresh_process(work, c.name)
-            judge(c, evaluate(c.loss, case), truth, work.dtype)
-            if device.type == "cuda" and c.loss:
-                c.extra_bytes = _peak_on_gpu(c.loss, case)
-        except Exception as error:
-            c.drop(error)
+        _try(c, work, case, truth)
+        if _lost(device):
+            raise DeviceLost(
+                [_row(work, c, mode, truth=truth) for c in candidates if c.status != "ok" for mode in modes]
+            )
         _release(device)
-    report(f"time of {', '.join(c.name for c in here if c.loss) or 'none'}")
-    times, rate = time_in_turns([c for c in here if c.loss], work, case, modes, seconds)
+    right = [c for c in here if c.loss]
+    report(f"time of {', '.join(c.name for c in right) or 'none'}")
+    try:
+        times, rate = time_in_turns(right, work, case, modes, seconds)
+    except RuntimeError as error:
+        if not _lost(device):
+            raise
+        for c in right:
+            c.drop(error)
+        raise DeviceLost([_row(work, c, mode, truth=truth) for c in candidates for mode in modes]) from None
     return [_row(work, c, mode, times.get((c.name, mode)), rate, truth) for c in candidates for mode in modes]
+
+
+def _try(c: Candidate, work: Workload, case: Case, truth: Exact) -> None:
+    """One answer of a candidate, judged, and its memory."""
+    try:
+        if case.device.type == "cpu":  # first, in a process that may run out of memory in our place
+            c.extra_bytes = _peak_in_fresh_process(work, c.name)
+        judge(c, evaluate(c.loss, case), truth, work.dtype)
+        if case.device.type == "cuda" and c.loss:
+            c.extra_bytes = _peak_on_gpu(c.loss, case)
+    except Exception as error:
+        c.drop(error)
 
 
 def _prepare(name: str, work: Workload, case: Case) -> Candidate:
@@ -107,9 +138,13 @@ def _verdict(error: BaseException) -> tuple[str, str]:
     return "failed", f"{type(error).__name__}: {text}"[:200]
 
 
-def broke_the_device(rows: list[Row]) -> bool:
-    """After an illegal access, every later call of this process fails as well."""
-    return any(row.status == "failed" and "CUDA error" in row.note for row in rows)
+def _lost(device: torch.device) -> bool:
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 def _release(device: torch.device) -> None:
