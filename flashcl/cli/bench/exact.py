@@ -32,14 +32,29 @@ class Exact:
 
     def errors(self, out: dict[str, Tensor]) -> dict[str, float]:
         """Relative L2 errors of the quantities that are in both."""
+        return {name: _ratio(self._error(out, name).norm(), self._size(name)) for name in self.values if name in out}
+
+    def worst_rows(self, out: dict[str, Tensor]) -> dict[str, float]:
+        """For each matrix the largest error of a row, relative to the size of its rows: one row that nobody wrote is
+        lost in the sum over all. Rows that are not in the sample must at least be finite and not zero."""
         found = {}
-        for name, value in self.values.items():
-            if name in out:
-                mine = out[name][self.rows[name]] if name in self.rows else out[name]
-                size = self.magnitudes.get(name) or value.norm().item()
-                error = (mine.to(value.dtype) - value).norm().item()
-                found[name] = error / size if size and math.isfinite(error) else 0.0 if error == 0 else math.inf
+        for name in self.rows.keys() & out.keys():
+            typical = self.values[name].norm(dim=1).square().mean().sqrt().item()
+            written = out[name].isfinite().all() and out[name].any(dim=1).all()
+            found[name] = _ratio(self._error(out, name).norm(dim=1).max(), typical) if written else math.inf
         return found
+
+    def _error(self, out: dict[str, Tensor], name: str) -> Tensor:
+        mine = out[name][self.rows[name]] if name in self.rows else out[name]
+        return mine.to(self.values[name].dtype) - self.values[name]
+
+    def _size(self, name: str) -> float:
+        return self.magnitudes.get(name) or self.values[name].norm().item()
+
+
+def _ratio(error: Tensor, size: float) -> float:
+    error = error.item()
+    return error / size if size and math.isfinite(error) else 0.0 if error == 0 else math.inf
 
 
 def exact(work: Workload, case: Case, affordable: float | None = None) -> Exact:
