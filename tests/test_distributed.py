@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -46,12 +47,16 @@ def world_group(strategy="auto", **options):
 
 
 def holds(loss, counts, dtype, strategy, regime="init", **options) -> list[str]:
+    """Float64 to 1e-10 of the dense formula, other dtypes by the contract."""
     c = case(loss, regime, n=sum(counts), d=D, **options)
     function = in_the_world(getattr(flashcl, c.function), counts, world_group(strategy))
-    if dist.get_rank() == 0:
+    if dtype != DOUBLE and dist.get_rank() == 0:
         return [str(finding) for finding in violations(c, dtype, function=function)]
-    evaluate(function, c.to(dtype))  # the other ranks do their share
-    return []
+    got = evaluate(function, c.to(dtype))
+    if dtype != DOUBLE:
+        return []  # this rank has done its share
+    expected = evaluate(getattr(flashcl.reference, c.function), c)
+    return [f"{k}: {got[k]} is not {v}" for k, v in expected.items() if (got[k] - v).abs().max() > 1e-10 * v.abs().max()]
 
 
 def contract_cases():
@@ -247,7 +252,7 @@ def bytes_as_planned(rank, world) -> list[str]:
                 wrong.append(f"{loss} {strategy}: {counted} bytes handed over, {planned} planned")
             # gloo's reduce-scatter sends twice what it must: as an all-reduce.
             really = planned + world * sum(walk.gradients for walk in walks) * (strategy == "gather")
-            if world > 1 and not really <= moved <= 1.1 * really + 65536:
+            if not really <= moved <= 1.1 * really + 65536:
                 wrong.append(f"{loss} {strategy}: {moved} bytes over loopback, {really} planned")
     return wrong
 
@@ -317,8 +322,6 @@ def refused(call, *words) -> list[str]:
 
 def disagreements(rank, world) -> list[str]:
     """One rank, the last, differs: each rank is told in what. Afterwards the group works as before."""
-    if world == 1:
-        return []
     odd, group = rank == world - 1, dist.group.WORLD
 
     def leaf(d=D, dtype=DOUBLE):
@@ -353,7 +356,7 @@ def disagreements(rank, world) -> list[str]:
 
 def a_rank_stalls(rank, world) -> list[str]:
     group = dist.new_group(timeout=timedelta(seconds=2))
-    if world == 1 or rank == world - 1:
+    if rank == world - 1:
         return []
     start, x = time.monotonic(), torch.ones(3, D)
     wrong = refused(lambda: flashcl.info_nce(x, x, temperature=1.0, group=group), "waited in vain", f"rank {rank} of {world}")
@@ -373,9 +376,18 @@ def a_rank_dies(rank, world) -> list[str]:
 
 # ---- one spawn per world -------------------------------------------------------------------------------------------------
 
+# In which worlds: what takes long there runs where it says most, in one of an even and one of an odd number of ranks.
 OTHERS = {
-    f.__name__: f
-    for f in (towers_under_ddp, frozen_tower, compiled, deterministic, explained, conventions, own_slot_only, bytes_as_planned, a_rank_stalls, disagreements)
+    towers_under_ddp: WORLDS,
+    frozen_tower: WORLDS,
+    compiled: (2,),
+    deterministic: WORLDS,
+    explained: WORLDS,
+    conventions: WORLDS,
+    own_slot_only: WORLDS,
+    bytes_as_planned: (2, 3),
+    a_rank_stalls: WORLDS[1:],
+    disagreements: WORLDS[1:],
 }
 
 
@@ -383,7 +395,11 @@ def everything(rank, world) -> dict[str, list[str]]:
     wrong = {}
     for name, loss, kind, dtype, strategy, options in contract_cases():
         wrong[name] = holds(loss, counts_of(kind, world), dtype, strategy, **options)
-    return wrong | {name: function(rank, world) for name, function in OTHERS.items()}
+    return wrong | {f.__name__: f(rank, world) for f, worlds in OTHERS.items() if world in worlds}
+
+
+def names(world: int) -> list[str]:
+    return [name for name, *_ in contract_cases()] + [f.__name__ for f, worlds in OTHERS.items() if world in worlds]
 
 
 @functools.cache
@@ -391,8 +407,7 @@ def results(world: int) -> list[dict[str, list[str]]]:
     return run_world(world, everything)
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in contract_cases()] + list(OTHERS))
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world, name", [(world, name) for world in WORLDS for name in names(world)])
 def test_world(world, name):
     assert [f"rank {rank}: {message}" for rank, wrong in enumerate(results(world)) for message in wrong[name]] == []
 
@@ -418,13 +433,9 @@ def test_the_examples_train(example):
 def test_the_comparison_can_fail():
     """A loss of the ranks' own rows only, without the rows of the others, is no loss of the world."""
     wrong = run_world(2, negatives_forgotten)[0]
-    assert any("value" in w for w in wrong) and any("grad x" in w for w in wrong)
+    assert any(w.startswith("value") for w in wrong) and any(w.startswith("grad x") for w in wrong)
 
 
 def negatives_forgotten(rank, world) -> list[str]:
-    c = case("info_nce", "init", n=24, d=D)
-    function = in_the_world(lambda group, **arguments: flashcl.info_nce(**arguments), [12, 12], None)
-    if rank == 0:
-        return [str(finding) for finding in violations(c, DOUBLE, function=function)]
-    evaluate(function, c)
-    return []
+    with mock.patch.object(flashcl, "info_nce", lambda group, real=flashcl.info_nce, **arguments: real(**arguments)):
+        return holds("info_nce", [12, 12], DOUBLE, "ring")
