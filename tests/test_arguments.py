@@ -188,6 +188,18 @@ def test_backend_and_group(function):
         function(group=object())
 
 
+def test_group_options():
+    with raises(ValueError, "strategy", "'ring'", "'tree'"):
+        flashcl.Group(None, strategy="tree")
+    with raises(ValueError, "convention", "'local_grad'", "'mean'"):
+        flashcl.Group(None, convention="mean")
+    with raises(ValueError, "chunk_bytes", "0"):
+        flashcl.Group(None, chunk_bytes=0)
+    for convention in ("global", "global_grad", "global_scaled"):
+        with raises(ValueError, "convention", convention, "'sum'"):
+            flashcl.nt_xent(X, X, group=flashcl.Group(None, convention=convention), reduction="sum")
+
+
 @pytest.mark.parametrize("function", FUNCTIONS, ids=named)
 def test_options_are_keywords_and_unknown_ones_are_errors(function):
     with pytest.raises(TypeError, match="tau"):
