@@ -189,7 +189,9 @@ class Check:
         keep = ["--out", self.out / "gpu-bench.json", "--resume", "--time-limit", max(1, 0.7 * left)]
         code, _ = self.run("bench", [*FLASHCL, "bench", *which, *keep])
         left_over = {None: "not finished", 3: "not finished"}
-        self.state["bench"] = "done" if code == 0 else left_over.get(code, f"failed with code {code}: see gpu-log.txt")
+        self.state["bench"] = (
+            f"done, part {self.part}" if code == 0 else left_over.get(code, f"failed with code {code}: see gpu-log.txt")
+        )
         self.save()
 
     # ---- what came of it

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,12 @@ def script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def one_commit(monkeypatch):
+    """A commit in the middle of a test would end what --resume may go on with."""
+    monkeypatch.setattr(machine, "_commit", lambda: "abc1234")
 
 
 @pytest.fixture
@@ -380,6 +387,48 @@ def test_time_is_that_of_the_step(offered):
         assert 20 <= forward < 200 and 0 < backward < full and 20 <= full - backward
 
 
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_on_a_gpu(monkeypatch, loss):
+    """Every provider that is installed here is right, or says why it takes no part; no memory is a result."""
+
+    def large(work, case):
+        return lambda **tensors: torch.empty(2**50, device="cuda")
+
+    monkeypatch.setitem(providers.PROVIDERS, "large", large)
+    work, device = Workload(loss, 512, 128, "bfloat16"), torch.device("cuda")
+    rows = measure.measure(work, providers.PROVIDERS, device, MODES, 0.05, lambda doing: None)
+    status = {row.provider: row.status for row in rows}
+    assert status.pop("large") == "oom" and status["dense"] == status["torch.compile"] == "ok"
+    assert {status[name] for name in status if name.startswith("flashcl")} <= {"ok", "skipped"}
+    for row in rows:
+        if row.status == "ok":
+            assert 0 < row.ms_20 <= row.ms <= row.ms_80 < 100 and row.matrix_tflops > 0.1 and 0 < row.extra_mib < 2000
+        elif row.status in ("skipped", "failed", "wrong"):
+            assert row.note
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_gpu_time_is_that_of_the_device():
+    """A copy of 256 MiB takes its bytes over the bandwidth, whatever the host does in the meantime."""
+    device = torch.device("cuda")
+    clock = machine.Clock(device)
+    bandwidth = machine.copy_bandwidth(clock, device)
+    assert 1e11 < bandwidth < 2e13
+    source = torch.ones(2**28, dtype=torch.int8, device=device)
+    source.clone()
+    start = clock.mark()
+    source.clone()
+    end = clock.mark()
+    clock.wait()
+    assert clock.between(start, end) == pytest.approx(2 * 2**28 / bandwidth * 1e3, rel=0.5)
+
+
 # ---- the files
 
 
@@ -570,6 +619,7 @@ def test_the_command_as_a_user_runs_it(tmp_path):
     assert found.environment["torch"] == torch.__version__ and found.environment["command"].startswith(
         "flashcl bench --loss siglip"
     )
+    assert re.fullmatch(r"[0-9a-f]{7,}\+?|unknown", found.environment["commit"])
     for row in found.rows:
         assert row.ms_20 <= row.ms <= row.ms_80 and row.runs >= measure.FEWEST and row.error < 1e-5
         assert row.floor_ms == pytest.approx(row.work.flops(row.mode) / row.matrix_tflops / 1e9)

@@ -23,7 +23,7 @@ SAMPLED_ROWS = 256
 
 @dataclass(frozen=True)
 class Exact:
-    """`values` is what `measure.evaluate` returns, at `rows` of the matrices (None: at all of them)."""
+    """`values` is what `measure.evaluate` returns, of the matrices only the `rows`."""
 
     what: str  # in words, for the reader of the results
     values: dict[str, Tensor]
