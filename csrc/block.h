@@ -24,7 +24,8 @@ struct Block {
   const int64_t *row_range, *col_range;  // (tiles, 2): the smallest and the largest id of each tile
   const int64_t *row_label, *col_label;  // (N,), (M,), or null: other pairs with equal labels are of class 1
 
-  FLASHCL_BOTH Schedule schedule() const { return {ceil_div(N, TILE), ceil_div(M, TILE), triangular}; }
+  static FLASHCL_BOTH Schedule schedule(int N, int M, bool triangular) { return {ceil_div(N, TILE), ceil_div(M, TILE), triangular}; }
+  FLASHCL_BOTH Schedule schedule() const { return schedule(N, M, triangular); }
 };
 
 // The statistics that a sweep leaves of every line (row or column) in every tile that it passes through. Padded to whole

@@ -53,13 +53,14 @@ void products(const Block& b, Place tile, Fragments& out) {
 }
 
 void store(const Output& out, const Block& b, Place tile, const Fragments& acc) {
+  const float by = out.lift ? *out.lift : 1.0f;
   for (int warp = 0; warp < 4; ++warp)
     for (int r = 0; r < Fragment::ROWS; ++r)
       for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk)
         for (int q = 0; q < Fragment::COLS; ++q)
           for (int lane = 0; lane < 32; ++lane) {
             const int64_t i = tile.n * TILE + Fragment::row(warp, lane, r), j = tile.m * TILE + Fragment::col(lane, chunk, q);
-            round_to(out.g, i * out.stride + j, acc.of_warp[warp][Fragment::place(r, chunk, q)].v[lane], b.half);
+            round_to(out.g, i * out.stride + j, by * acc.of_warp[warp][Fragment::place(r, chunk, q)].v[lane], b.half);
           }
 }
 
@@ -73,7 +74,7 @@ void run(const Args& args) {
   const Schedule schedule = args.block.schedule();
   const auto acc = std::make_unique<Fragments>();
   for (int unit = 0; unit < schedule.units(); ++unit)
-    for (int rank = 0; rank < CLUSTER; ++rank) {
+    for (int rank = 0; rank < CLUSTER * CLUSTER; ++rank) {
       const Place tile = schedule.at(unit, rank);
       if (!schedule.wanted(tile)) continue;
       const auto shared = std::make_unique<typename Epilogue::Shared>();

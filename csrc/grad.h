@@ -7,7 +7,8 @@
 //
 //     G_ij = exp(s_ij - low) (a_i + b_j),   a_i = row_weight[i] exp(low - row_lse[i]),  b_j alike
 //
-// so it does where no gradient comes through the columns: low is row_lse[i] then, and b_j = 0.
+// so it does where no gradient comes through the columns: low is row_lse[i] then, and b_j = 0. (Not with two classes: there a
+// low for each row and class finds no registers, and no loss asks for it.)
 #pragma once
 
 #include "logits.h"
@@ -32,7 +33,9 @@ class Grad {
 
  public:
   struct Shared {
-    float weight[K][TILE], lse[K][TILE];  // of the columns: b_j where the exp is shared, the coefficients where it is not
+    // Of the columns: b_j where the exp is shared, weight and lse where it is not.
+    float bias[TILE], offset[K == 2 ? TILE : 1], weight[K][TILE], lse[K][TILE];
+    float row_offset[K == 2 ? TILE : 1];  // read anew for every chunk of columns: 4 registers less while columns are summed
     typename TileSums<W>::Shared sums;
   };
 
@@ -43,9 +46,15 @@ class Grad {
       shift_ = shared_shift(a_.row.range + 2 * tile_.n, a_.col.range + 2 * tile_.m);
   }
 
-  // Coefficients of the columns.
+  // Masks, and coefficients of the columns.
   FLASHCL_LANE void load() {
     const I at = seat_.own_col();
+    pairs_.load(a_.block, seat_);
+    stage<W>(s_.bias, a_.block.col_bias, tile_.m, at);
+    if constexpr (K == 2) {
+      stage<W>(s_.offset, a_.col.offset, tile_.m, at);
+      stage<W>(s_.row_offset, a_.row.offset, tile_.n, at);
+    }
     FLASHCL_UNROLL
     for (int k = 0; k < K; ++k) {
       F weight = F(0.0f), lse = F(INF);
@@ -62,17 +71,11 @@ class Grad {
 
   template <class Acc>
   FLASHCL_LANE void visit(Acc& acc) {
-    if (K == 2 || !whole(a_.block, tile_) || may_hold_equal_ids(a_.block, tile_)) {
-      if (two_sided_ && !shift_.safe)
-        visit_<true, false>(acc);
-      else
-        visit_<true, true>(acc);
-    } else if constexpr (K == 1) {
-      if (two_sided_ && !shift_.safe)
-        visit_<false, false>(acc);
-      else
-        visit_<false, true>(acc);
-    }
+    const bool shared = two_sided_ ? shift_.safe : K == 1;
+    if (K == 2 || pairs_.masked)
+      shared ? visit_<true, true>(acc) : visit_<true, false>(acc);
+    else if constexpr (K == 1)
+      shared ? visit_<false, true>(acc) : visit_<false, false>(acc);
   }
 
   FLASHCL_LANE void finish() { TileSums<W>(a_.sums, a_.block, seat_, s_.sums).finish(); }
@@ -84,10 +87,11 @@ class Grad {
   Shared& s_;
   bool two_sided_;
   SharedShift shift_{true, 0.0f};
+  Pairs<W, Program> pairs_;
 
   // Coefficients of the rows that a lane meets.
   struct RowSide {
-    F weight[K][R], shift[K][R], offset[R];  // a_i and low where the exp is shared, weight and lse where it is not
+    F weight[K][R], shift[K][R];  // a_i and low where the exp is shared, weight and lse where it is not
   };
 
   template <bool SHARED>
@@ -105,14 +109,12 @@ class Grad {
           out.shift[k][r] = F(shift_.low);
         }
       }
-      out.offset[r] = K == 2 && a_.row.offset ? W::load(a_.row.offset + n, seat_.row(r)) : F(0.0f);
     }
     return out;
   }
 
   template <bool MASKED, bool SHARED, class Acc>
   FLASHCL_LANE void visit_(Acc& acc) {
-    const Pairs<W, Program, MASKED> pairs(a_.block, seat_);
     const RowSide row = row_side<SHARED>();
     const RowBias<W> row_bias(a_.block, seat_);
     const float scale = *a_.block.logit_scale;
@@ -120,22 +122,24 @@ class Grad {
     const F about = F(sums.about());
     FLASHCL_UNROLL
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
-      W::step();
+      F row_offset[R];
+      FLASHCL_UNROLL
+      for (int r = 0; r < R; ++r) row_offset[r] = K == 2 ? W::load_shared(s_.row_offset, seat_.row(r)) : F(0.0f);
       FLASHCL_UNROLL
       for (int q = 0; q < C; ++q) {
         const I at = seat_.col(chunk, q);
-        const F bias = col_value<W>(a_.block.col_bias, tile_, at);
-        const F offset = K == 2 ? col_value<W>(a_.col.offset, tile_, at) : F(0.0f);
+        const F bias = W::load_shared(s_.bias, at);
+        const F offset = K == 2 ? W::load_shared(s_.offset, at) : F(0.0f);
         FLASHCL_UNROLL
         for (int r = 0; r < R; ++r) {
           const int i = Fragment::place(r, chunk, q);
           const F product = acc[i];
           F s = logit<W>(product, scale, row_bias.at[r], bias);
-          if (MASKED) s = W::select(pairs.dropped(i), F(-INF), s);
-          const B positive = pairs.positive(i);
+          if (MASKED) s = W::select(pairs_.dropped(i), F(-INF), s);
+          const B positive = pairs_.positive(i);
           F g = weighted_exp<SHARED>(s, positive, row, r, at);
-          if (K == 2) g = W::select(positive, g - (row.offset[r] + offset), g);
-          if (MASKED) g = W::select(pairs.dropped(i), F(0.0f), g);  // again: 0 times the NaN of a line is not 0
+          if (K == 2) g = g - W::select(positive, row_offset[r] + offset, F(0.0f));
+          if (MASKED) g = W::select(pairs_.dropped(i), F(0.0f), g);  // again: 0 times the NaN of a line is not 0
           sums.scaled = W::fma(g, product - about, sums.scaled);
           acc[i] = W::settled(g);
         }
@@ -143,7 +147,6 @@ class Grad {
       sums.add(acc, chunk);
     }
     sums.store();
-    lift<W>(acc, a_.out.lift);
   }
 
   template <bool SHARED>
@@ -156,7 +159,7 @@ class Grad {
       weight = W::select(positive, W::load_shared(s_.weight[1], at), weight);
       if (!SHARED) lse = W::select(positive, W::load_shared(s_.lse[1], at), lse);
     }
-    if (SHARED) return W::exp(s - shift) * (row_weight + weight);
+    if (SHARED) return W::exp(s - (K == 2 ? F(shift_.low) : shift)) * (row_weight + weight);
     return W::fma(row_weight, W::exp(s - shift), weight * W::exp(s - lse));
   }
 };

@@ -63,17 +63,14 @@ struct Thread {
   static FLASHCL_LANE F shuffle_xor(F x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
   static FLASHCL_LANE bool any(B b) { return __any_sync(0xffffffffu, b); }
 
-  // Two hints for registers: the compiler would rather load the values of all columns first, or keep what two passes over a tile
-  // have in common, and spill. `settled` is x, computed here and now and never again recognised; `step` holds loads back.
+  // x, computed here and now: the compiler would rather put the work on all places off until the end, and spill.
   static FLASHCL_LANE F settled(F x) {
     asm volatile("" : "+f"(x)::"memory");
     return x;
   }
-  static FLASHCL_LANE U settled(U x) {
-    asm volatile("" : "+r"(x)::"memory");
-    return x;
-  }
-  static FLASHCL_LANE void step() { __syncwarp(); }
+  // x by way of the shuffle unit: what two passes over a tile have in common, ptxas would keep from the first to the second.
+  template <class T>
+  static FLASHCL_LANE T forgotten(T x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
 
   template <class T>
   static FLASHCL_LANE T load(const T* p, I i) { return p[i]; }
@@ -186,8 +183,8 @@ struct Warp {
     return false;
   }
   static F settled(const F& x) { return x; }
-  static U settled(const U& x) { return x; }
-  static void step() {}
+  template <class T>
+  static T forgotten(const T& x) { return x; }
   template <class T>
   static Lanes<T> load(const T* p, const I& i) {
     Lanes<T> out;

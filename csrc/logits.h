@@ -24,48 +24,48 @@ FLASHCL_LANE bool whole(const Block& block, Place tile) {
   return (tile.n + 1) * TILE <= block.N && (tile.m + 1) * TILE <= block.M;
 }
 
-// Which pairs of a tile do not count, and which are of class 1: one bit for each place of a lane. MASKED: something of the tile
-// is dropped, or there are classes; without it nothing of this exists at run time.
-template <class W, class Program, bool MASKED>
+// Which pairs of a tile do not count, and which are of class 1: one bit for each place of a lane.
+template <class W, class Program>
 class Pairs {
   using I = typename W::I;
   using L = typename W::L;
   using U = typename W::U;
   using B = typename W::B;
   static constexpr int R = Fragment::ROWS;
-  static_assert(MASKED || Program::CLASSES == 1, "classes are told apart by vectors");
 
   U dropped_[4], positive_[4];
 
  public:
-  FLASHCL_LANE Pairs(const Block& block, const Seat<W>& seat) {
-    if constexpr (MASKED) {
-      const bool ids = may_hold_equal_ids(block, seat.tile);
-      const int64_t n = int64_t(seat.tile.n) * TILE, m = int64_t(seat.tile.m) * TILE;
-      const I rows_left = I(block.N - int(n)), cols_left = I(block.M - int(m));
-      L row_id[R], row_label[R];
+  bool masked;  // some pairs are dropped, or there are classes: else nothing here may be asked
+
+  // Before the product is there: ids and labels of 64 bits would find no registers beside it.
+  FLASHCL_LANE void load(const Block& block, const Seat<W>& seat) {
+    const bool ids = may_hold_equal_ids(block, seat.tile);
+    masked = Program::CLASSES == 2 || ids || !whole(block, seat.tile);
+    if (!masked) return;
+    const int64_t n = int64_t(seat.tile.n) * TILE, m = int64_t(seat.tile.m) * TILE;
+    const I rows_left = I(block.N - int(n)), cols_left = I(block.M - int(m));
+    L row_id[R], row_label[R];
+    FLASHCL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      row_id[r] = ids ? W::load(block.row_id + n, seat.row(r)) : L(0);  // without equal ids: two numbers that differ
+      if constexpr (Program::CLASSES == 2) row_label[r] = W::load(block.row_label + n, seat.row(r));
+    }
+    for (int i = 0; i < 4; ++i) dropped_[i] = positive_[i] = U(0);
+    FLASHCL_UNROLL
+    for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
       FLASHCL_UNROLL
-      for (int r = 0; r < R; ++r) {
-        row_id[r] = ids ? W::load(block.row_id + n, seat.row(r)) : L(0);  // without equal ids: two numbers that differ
-        if constexpr (Program::CLASSES == 2) row_label[r] = W::load(block.row_label + n, seat.row(r));
-      }
-      for (int i = 0; i < 4; ++i) dropped_[i] = positive_[i] = U(0);
-      FLASHCL_UNROLL
-      for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
-        W::step();
+      for (int q = 0; q < Fragment::COLS; ++q) {
+        const I at = seat.col(chunk, q);
+        const L col_id = ids ? W::load(block.col_id + m, at) : L(1);
         FLASHCL_UNROLL
-        for (int q = 0; q < Fragment::COLS; ++q) {
-          const I at = seat.col(chunk, q);
-          const L col_id = ids ? W::load(block.col_id + m, at) : L(1);
-          FLASHCL_UNROLL
-          for (int r = 0; r < R; ++r) {
-            const int place = Fragment::place(r, chunk, q), word = place / 32;
-            const B out = !((at < cols_left) & (seat.row(r) < rows_left)) | (row_id[r] == col_id);
-            dropped_[word] = W::settled(dropped_[word] | W::bit(out, place % 32));
-            if constexpr (Program::CLASSES == 2) {
-              const B same = row_label[r] == W::load(block.col_label + m, at);
-              positive_[word] = W::settled(positive_[word] | W::bit(same & !out, place % 32));
-            }
+        for (int r = 0; r < R; ++r) {
+          const int place = Fragment::place(r, chunk, q), word = place / 32;
+          const B out = !((at < cols_left) & (seat.row(r) < rows_left)) | (row_id[r] == col_id);
+          dropped_[word] = dropped_[word] | W::bit(out, place % 32);
+          if constexpr (Program::CLASSES == 2) {
+            const B same = row_label[r] == W::load(block.col_label + m, at);
+            positive_[word] = positive_[word] | W::bit(same & !out, place % 32);
           }
         }
       }
@@ -73,13 +73,15 @@ class Pairs {
   }
 
   // Whether the pair at a place is outside of the block or dropped.
-  FLASHCL_LANE B dropped(int place) const { return MASKED ? W::has(dropped_[place / 32], place % 32) : B(false); }
+  FLASHCL_LANE B dropped(int place) const { return W::has(dropped_[place / 32], place % 32); }
 
   FLASHCL_LANE B positive(int place) const {
     return Program::CLASSES == 2 ? W::has(positive_[place / 32], place % 32) : B(false);
   }
-  FLASHCL_LANE void copy_positive(U (&bits)[4]) const {
-    for (int i = 0; i < 4; ++i) bits[i] = positive_[i];
+
+  // The bits of the pairs of class k.
+  FLASHCL_LANE void members(U (&bits)[4], int k) const {
+    for (int i = 0; i < 4; ++i) bits[i] = W::select(k == 1, positive_[i], ~(positive_[i] | dropped_[i]));
   }
 };
 
@@ -88,6 +90,7 @@ template <class W>
 struct RowBias {
   typename W::F at[Fragment::ROWS];
 
+  RowBias() = default;
   FLASHCL_LANE RowBias(const Block& block, const Seat<W>& seat) {
     FLASHCL_UNROLL
     for (int r = 0; r < Fragment::ROWS; ++r)
@@ -101,10 +104,11 @@ FLASHCL_LANE typename W::F logit(typename W::F product, float scale, typename W:
   return W::fma(product, typename W::F(scale), row_bias) + col_bias;
 }
 
-// A bias, or another value of the columns, for one column of the tile; 0 if there is none.
+// A vector of the rows or columns of tile number `tile` to shared memory, each lane of the warpgroup element `at`; 0 if there is
+// none. From there, loads are so short that the compiler does not begin with all of them, and spill.
 template <class W>
-FLASHCL_LANE typename W::F col_value(const float* p, Place tile, typename W::I at) {
-  return p ? W::load(p + int64_t(tile.m) * TILE, at) : typename W::F(0.0f);
+FLASHCL_LANE void stage(float (&to)[TILE], const float* p, int tile, typename W::I at) {
+  W::store(to, at, p ? W::load(p + int64_t(tile) * TILE, at) : typename W::F(0.0f), typename W::B(true));
 }
 
 }  // namespace flashcl

@@ -200,13 +200,13 @@ void call(const Args& args, bool on_cpu, uintptr_t stream, void (*emulate)(const
   if (error) throw std::runtime_error(std::string("flashcl._C: ") + flashcl::error_text(error));
 }
 
-void sweep(const Problem& p, const Result& row_sums, const Maybe<Result>& col_sums, const Maybe<Floats>& row_center,
-           const Maybe<Floats>& col_center, const Maybe<Result>& row_deviation, const Maybe<Result>& col_deviation,
+void sweep(const Problem& p, const Result& row_sums, const Maybe<Floats>& row_center, const Maybe<Result>& row_deviation,
+           const Maybe<Result>& col_sums, const Maybe<Floats>& col_center, const Maybe<Result>& col_deviation,
            uintptr_t stream) {
   const int64_t planes = 2 * p.classes(), along_rows = p.tiles_m() * p.rows(), along_cols = p.tiles_n() * p.cols();
   require(!row_center == !row_deviation && !col_center == !col_deviation, "centers come with deviations");
   require(!col_center || col_sums, "deviations of columns come with their statistics");
-  require(!row_center || (p.classes() == 2 && (!col_sums || col_center)), "deviations are of positives, along rows and columns");
+  require(!(col_center && !row_center) && (!row_center || p.classes() == 2), "deviations are of positives, along the rows too");
   const Reader& read = p.reader;
   const flashcl::SweepArgs args{p.block,
                                 {read(row_sums, planes * along_rows, "row_sums"), read(row_center, p.rows(), "row_center"),
@@ -254,7 +254,7 @@ nb::list schedule(int tiles_n, int tiles_m, bool triangular) {
   const flashcl::Schedule s{tiles_n, tiles_m, triangular};
   nb::list out;
   for (int unit = 0; unit < s.units(); ++unit)
-    for (int rank = 0; rank < flashcl::CLUSTER; ++rank) {
+    for (int rank = 0; rank < flashcl::CLUSTER * flashcl::CLUSTER; ++rank) {
       const flashcl::Place tile = s.at(unit, rank);
       out.append(nb::make_tuple(unit, rank, tile.n, tile.m, s.wanted(tile)));
     }
@@ -296,9 +296,9 @@ NB_MODULE(_C, m) {
            "col_bias"_a.noconvert() = none, "row_id"_a.noconvert() = none, "col_id"_a.noconvert() = none,
            "row_range"_a.noconvert() = none, "col_range"_a.noconvert() = none, "row_label"_a.noconvert() = none,
            "col_label"_a.noconvert() = none, "triangular"_a = false);
-  m.def("sweep", &sweep, "block"_a, "row_sums"_a.noconvert(), "col_sums"_a.noconvert() = none,
-        "row_center"_a.noconvert() = none, "col_center"_a.noconvert() = none, "row_deviation"_a.noconvert() = none,
-        "col_deviation"_a.noconvert() = none, "stream"_a = 0, "Statistics of the rows and columns of every tile.");
+  m.def("sweep", &sweep, "block"_a, "row_sums"_a.noconvert(), "row_center"_a.noconvert() = none,
+        "row_deviation"_a.noconvert() = none, "col_sums"_a.noconvert() = none,
+        "col_center"_a.noconvert() = none, "col_deviation"_a.noconvert() = none, "stream"_a = 0, "Statistics of the rows and columns of every tile.");
   m.def("grad", &grad, "block"_a, "row_weight"_a.noconvert(), "row_lse"_a.noconvert(), "row_range"_a.noconvert(),
         "row_offset"_a.noconvert() = none, "col_weight"_a.noconvert() = none, "col_lse"_a.noconvert() = none,
         "col_range"_a.noconvert() = none, "col_offset"_a.noconvert() = none, "g"_a.noconvert() = none,

@@ -26,20 +26,21 @@ class Sigmoid {
 
  public:
   struct Shared {
+    float bias[TILE];  // of the columns
     typename TileSums<W>::Shared sums;
   };
 
   FLASHCL_LANE Sigmoid(const SigmoidArgs& args, Seat<W> seat, Shared& shared)
       : a_(args), seat_(seat), tile_(seat.tile), s_(shared) {}
 
-  FLASHCL_LANE void load() {}
+  FLASHCL_LANE void load() {
+    pairs_.load(a_.block, seat_);
+    stage<W>(s_.bias, a_.block.col_bias, tile_.m, seat_.own_col());
+  }
 
   template <class Acc>
   FLASHCL_LANE void visit(Acc& acc) {
-    if (!whole(a_.block, tile_) || may_hold_equal_ids(a_.block, tile_))
-      visit_<true>(acc);
-    else
-      visit_<false>(acc);
+    pairs_.masked ? visit_<true>(acc) : visit_<false>(acc);
   }
 
   FLASHCL_LANE void finish() { TileSums<W>(a_.sums, a_.block, seat_, s_.sums).finish(); }
@@ -49,10 +50,10 @@ class Sigmoid {
   Seat<W> seat_;
   Place tile_;
   Shared& s_;
+  Pairs<W, Program> pairs_;
 
   template <bool MASKED, class Acc>
   FLASHCL_LANE void visit_(Acc& acc) {
-    const Pairs<W, Program, MASKED> pairs(a_.block, seat_);
     const RowBias<W> row_bias(a_.block, seat_);
     const float scale = *a_.block.logit_scale;
     F weight[R], plus[R];
@@ -65,17 +66,16 @@ class Sigmoid {
     const F about = F(sums.about());
     FLASHCL_UNROLL
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
-      W::step();
       FLASHCL_UNROLL
       for (int q = 0; q < C; ++q) {
         const I at = seat_.col(chunk, q);
-        const F bias = col_value<W>(a_.block.col_bias, tile_, at);
+        const F bias = W::load_shared(s_.bias, at);
         FLASHCL_UNROLL
         for (int r = 0; r < R; ++r) {
           const int i = Fragment::place(r, chunk, q);
           const F product = acc[i];
           F s = logit<W>(product, scale, row_bias.at[r], bias);
-          if (MASKED) s = W::select(pairs.dropped(i), F(-INF), s);
+          if (MASKED) s = W::select(pairs_.dropped(i), F(-INF), s);
           const Soft<W> soft(s);
           plus[r] += soft.plus;
           const F g = weight[r] * soft.sigmoid;
@@ -88,7 +88,6 @@ class Sigmoid {
     FLASHCL_UNROLL
     for (int r = 0; r < R; ++r) sums.store_row(a_.sums.softplus, r, weight[r] * plus[r]);
     sums.store();
-    lift<W>(acc, a_.out.lift);
   }
 };
 

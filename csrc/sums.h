@@ -85,13 +85,4 @@ class TileSums {
   F row_[R];
 };
 
-// acc times the power of two that keeps G in the range of its dtype.
-template <class W, class Acc>
-FLASHCL_LANE void lift(Acc& acc, const float* factor) {
-  if (!factor) return;
-  const typename W::F by = typename W::F(*factor);
-  FLASHCL_UNROLL
-  for (int i = 0; i < Fragment::PLACES; ++i) acc[i] = acc[i] * by;
-}
-
 }  // namespace flashcl

@@ -25,8 +25,9 @@ class Sweep {
   static constexpr int K = Program::CLASSES, R = Fragment::ROWS, C = Fragment::COLS;
 
  public:
-  struct Shared {  // of the columns, by the warps
-    float top[K][4][TILE], total[K][4][TILE], deviation[K == 2 ? 4 : 1][TILE];
+  struct Shared {  // of the columns
+    float bias[TILE], center[K == 2 ? TILE : 1];
+    float top[K][4][TILE], total[K][4][TILE], deviation[K == 2 ? 4 : 1][TILE];  // by the warps
   };
 
   FLASHCL_LANE Sweep(const SweepArgs& args, Seat<W> seat, Shared& shared) : a_(args), seat_(seat), tile_(seat.tile), s_(shared) {
@@ -35,20 +36,22 @@ class Sweep {
     cols_ = a_.col.sums && !(a_.block.triangular && tile_.n == tile_.m);
   }
 
-  FLASHCL_LANE void load() {}
+  FLASHCL_LANE void load() {
+    pairs_.load(a_.block, seat_);
+    stage<W>(s_.bias, a_.block.col_bias, tile_.m, seat_.own_col());
+    if constexpr (K == 2) stage<W>(s_.center, a_.col.center, tile_.m, seat_.own_col());
+  }
 
   template <class Acc>
   FLASHCL_LANE void visit(Acc& acc) {
-    if (K == 2 || !whole(a_.block, tile_) || may_hold_equal_ids(a_.block, tile_))
-      to_logits<true>(acc);
-    else if constexpr (K == 1)
-      to_logits<false>(acc);
+    row_bias_ = RowBias<W>(a_.block, seat_);
     if constexpr (K == 1) {
+      pairs_.masked ? to_logits<true>(acc) : to_logits<false>(acc);
       statistics(acc, 0);
     } else {
       FLASHCL_ROLLED
       for (int k = 0; k < K; ++k) {
-        for (int i = 0; i < 4; ++i) members_[i] = W::select(k == 1, positive_[i], ~positive_[i]);
+        pairs_.members(members_, k);
         statistics(acc, k);
       }
       if (a_.row.deviation) deviations(acc);  // members_ are the positives now
@@ -85,48 +88,54 @@ class Sweep {
   Place tile_;
   Shared& s_;
   bool cols_;
-  U positive_[4], members_[4];  // as in Pairs, and of the class at hand; only with two classes
+  Pairs<W, Program> pairs_;
+  RowBias<W> row_bias_;
+  U members_[4];  // the pairs of the class at hand; only with two classes
 
   template <class Acc>
   FLASHCL_LANE void statistics(const Acc& acc, int k) {
     if (!shared_top(acc, k)) own_tops(acc, k);
   }
 
-  // acc: products -> logits, -inf where a pair does not count; and which ones are positive.
+  // acc: products -> logits, and where MASKED to -inf where a pair does not count.
   template <bool MASKED, class Acc>
   FLASHCL_LANE void to_logits(Acc& acc) {
-    const Pairs<W, Program, MASKED> pairs(a_.block, seat_);
-    const RowBias<W> row_bias(a_.block, seat_);
-    const float scale = *a_.block.logit_scale;
     FLASHCL_UNROLL
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
-      W::step();
       FLASHCL_UNROLL
       for (int q = 0; q < C; ++q) {
-        const I at = seat_.col(chunk, q);
-        const F bias = col_value<W>(a_.block.col_bias, tile_, at);
         FLASHCL_UNROLL
         for (int r = 0; r < R; ++r) {
           const int i = Fragment::place(r, chunk, q);
-          const F s = logit<W>(acc[i], scale, row_bias.at[r], bias);
-          acc[i] = W::settled(MASKED ? W::select(pairs.dropped(i), F(-INF), s) : s);
+          const F s = logit_at(acc, r, chunk, q);
+          acc[i] = W::settled(MASKED ? W::select(pairs_.dropped(i), F(-INF), s) : s);
         }
       }
     }
-    if constexpr (K == 2) pairs.copy_positive(positive_);
   }
 
-  // The logit at place i if its pair is of the class at hand, else -inf.
+  // Of the product in acc.
   template <class Acc>
-  FLASHCL_LANE F member(const Acc& acc, int i) const {
+  FLASHCL_LANE F logit_at(const Acc& acc, int r, int chunk, int q) const {
+    const F bias = W::load_shared(s_.bias, seat_.col(chunk, q));
+    return logit<W>(acc[Fragment::place(r, chunk, q)], *a_.block.logit_scale, row_bias_.at[r], bias);
+  }
+
+  // The logit of a pair of the class at hand, else -inf. With two classes acc keeps the products: there are not registers
+  // enough for logits beside them, and the compiler does not see that they need not be beside them.
+  template <class Acc>
+  FLASHCL_LANE F member(const Acc& acc, int r, int chunk, int q) const {
+    const int i = Fragment::place(r, chunk, q);
     if constexpr (K == 1) return acc[i];
-    return W::select(W::has(members_[i / 32], i % 32), F(acc[i]), F(-INF));
+    return W::select(W::has(members_[i / 32], i % 32), logit_at(acc, r, chunk, q), F(-INF));
   }
 
   // Begins another pass over the members: nothing of the last one is worth keeping.
   FLASHCL_LANE void next_pass() {
-    if constexpr (K == 2)
-      for (U& bits : members_) bits = W::settled(bits);
+    if constexpr (K == 2) {
+      for (U& bits : members_) bits = W::forgotten(bits);
+      for (F& bias : row_bias_.at) bias = W::forgotten(bias);
+    }
   }
 
   // Statistics of class k with one top for the warp; says whether it served.
@@ -134,23 +143,22 @@ class Sweep {
   FLASHCL_LANE bool shared_top(const Acc& acc, int k) {
     F top = F(-INF);
     FLASHCL_UNROLL
-    for (int i = 0; i < Fragment::PLACES; ++i) top = W::max(top, member(acc, i));
+    for (int i = 0; i < Fragment::PLACES; ++i) top = W::max(top, member(acc, i / 32, i / C % 4, i % C));
     top = warp_max<W>(top);
     const F shift = or_zero<W>(top);
 
     F row[R], least = F(1.0f);  // no term is larger. A NaN is passed over: its line is NaN under any top
     for (F& sum : row) sum = F(0.0f);
+    next_pass();
     FLASHCL_UNROLL
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
-      W::step();
-      next_pass();
       F col[C];
       FLASHCL_UNROLL
       for (int q = 0; q < C; ++q) {
         col[q] = F(0.0f);
         FLASHCL_UNROLL
         for (int r = 0; r < R; ++r) {
-          const F s = member(acc, Fragment::place(r, chunk, q)), e = W::exp(s - shift);
+          const F s = member(acc, r, chunk, q), e = W::exp(s - shift);
           row[r] += e;
           col[q] += e;
           // Most lines have no positive at all: their total of 0 tells nothing, the smallest of the terms does.
@@ -183,32 +191,31 @@ class Sweep {
       next_pass();
       F top = F(-INF), total = F(0.0f);
       FLASHCL_UNROLL
-      for (int i = 0; i < 4 * C; ++i) top = W::max(top, member(acc, Fragment::place(r, i / C, i % C)));
+      for (int i = 0; i < 4 * C; ++i) top = W::max(top, member(acc, r, i / C, i % C));
       top = quad_max<W>(top);
       const F shift = or_zero<W>(top);
       next_pass();
       FLASHCL_UNROLL
-      for (int i = 0; i < 4 * C; ++i) total += W::exp(member(acc, Fragment::place(r, i / C, i % C)) - shift);
+      for (int i = 0; i < 4 * C; ++i) total += W::exp(member(acc, r, i / C, i % C) - shift);
       store_row(k, r, top, quad_sum<W>(total));
     }
     if (!cols_) return;
     FLASHCL_UNROLL
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
-      W::step();
       next_pass();
       F top[C], total[C];
       FLASHCL_UNROLL
       for (int q = 0; q < C; ++q) {
         top[q] = F(-INF);
         FLASHCL_UNROLL
-        for (int r = 0; r < R; ++r) top[q] = W::max(top[q], member(acc, Fragment::place(r, chunk, q)));
+        for (int r = 0; r < R; ++r) top[q] = W::max(top[q], member(acc, r, chunk, q));
         // Not butterfly: every lane needs the top of every column that it meets.
         FLASHCL_UNROLL
         for (int mask = 4; mask <= 16; mask *= 2) top[q] = W::max(top[q], W::shuffle_xor(top[q], mask));
         total[q] = F(0.0f);
         FLASHCL_UNROLL
         for (int r = 0; r < R; ++r)
-          total[q] += W::exp(member(acc, Fragment::place(r, chunk, q)) - or_zero<W>(top[q]));
+          total[q] += W::exp(member(acc, r, chunk, q) - or_zero<W>(top[q]));
       }
       const F sum = butterfly<W, Add>(total, seat_.lane), highest = butterfly<W, Max>(top, seat_.lane);
       store_col(k, chunk, highest, sum);
@@ -226,16 +233,15 @@ class Sweep {
     }
     FLASHCL_UNROLL
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
-      W::step();
       next_pass();
       F col[C];
       FLASHCL_UNROLL
       for (int q = 0; q < C; ++q) {
-        const F center = col_value<W>(a_.col.center, tile_, seat_.col(chunk, q));
+        const F center = W::load_shared(s_.center, seat_.col(chunk, q));
         col[q] = F(0.0f);
         FLASHCL_UNROLL
         for (int r = 0; r < R; ++r) {
-          const F s = member(acc, Fragment::place(r, chunk, q));
+          const F s = member(acc, r, chunk, q);
           const B counts = s != F(-INF);
           row[r] += W::select(counts, s - row_center[r], F(0.0f));
           col[q] += W::select(counts, s - center, F(0.0f));

@@ -2,7 +2,7 @@
 //
 // A CTA has three warpgroups. One warp of the first is the producer: it asks the copy engine for pieces of x and y, STAGES of
 // them in flight. The other two are consumers that take turns, each with a whole tile of its own: while one multiplies, the
-// other one runs its epilogue. CTAs are persistent, as many as the GPU holds, in clusters of two that share y.
+// other one runs its epilogue. CTAs are persistent, as many as the GPU holds, in clusters of 2 x 2 that share x and y.
 //
 // An epilogue (sweep.h, grad.h, sigmoid.h) is three steps, with a barrier of its warpgroup after each of the first two:
 //     load     before the product is there: coefficients to shared memory
@@ -36,7 +36,7 @@ static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS == 3 * 168);
 template <class Element, class Args, class Epilogue, bool WRITES_G>
 struct TilesKernel {
   using TileShape = Shape<Int<TILE>, Int<TILE>, _64>;  // 64 of D in a step: 128 bytes, the widest swizzle of shared memory
-  using Cluster = Shape<Int<CLUSTER>, _1, _1>;
+  using Cluster = Shape<Int<CLUSTER>, Int<CLUSTER>, _1>;
   // A stage is 32 KiB: 6 of them, or 4 beside the two tiles of G on their way out, fit the 227 KiB of a CTA.
   static constexpr int STAGES = WRITES_G ? 4 : 6;
 
@@ -47,8 +47,8 @@ struct TilesKernel {
   using Mainloop = cutlass::gemm::collective::CollectiveMma<
       cutlass::gemm::MainloopSm90TmaGmmaWarpSpecialized<STAGES, Cluster, cutlass::gemm::KernelTmaWarpSpecializedPingpong>,
       TileShape, Element, Operand, Element, Operand, TiledMma,
-      SM90_TMA_LOAD, Swizzled, void, identity,             // x: every CTA of a cluster has rows of its own
-      SM90_TMA_LOAD_MULTICAST, Swizzled, void, identity>;  // y: each loads its part and gives it to all
+      SM90_TMA_LOAD_MULTICAST, Swizzled, void, identity,   // each CTA loads half of its x and gives it to the one beside it
+      SM90_TMA_LOAD_MULTICAST, Swizzled, void, identity>;  // and half of its y, for the one below
   using Pipeline = typename Mainloop::MainloopPipeline;
   using Order = cutlass::OrderedSequenceBarrier<1, 2>;
 
@@ -100,7 +100,7 @@ struct TilesKernel {
     roles.transaction_bytes = params.mainloop.tma_transaction_bytes;
     Pipeline pipeline(shared.pipeline, roles, Cluster{});
     Order order(shared.order, {uint32_t(group - 1), 128});
-    cluster_arrive_relaxed();  // no CTA may signal barriers of the other one before they exist
+    cluster_arrive_relaxed();  // no CTA may signal barriers of another one before they exist
     cluster_wait();
 
     if (group == 0) {
@@ -130,18 +130,19 @@ struct TilesKernel {
                     make_coord_iterator(shape<3>(get<0>(operands))), steps, threadIdx.x % 32, rank, shared.mainloop);
       state.advance(steps);
     }
-    mainloop.load_tail(pipeline, state);  // no CTA leaves while the other one may still write to it
+    mainloop.load_tail(pipeline, state);  // no CTA leaves while another one may still signal it
   }
 
   // A warpgroup: every other tile of this CTA.
   static CUTLASS_DEVICE void consume(const Params& params, Shared& shared, Pipeline& pipeline, Order& order, int turn, int thread) {
     const Block& block = params.args.block;
-    const Schedule schedule = block.schedule();
-    const int steps = ceil_div(block.D, size<2>(TileShape{})), rank = block_rank_in_cluster();
+    const int units = block.schedule().units(), steps = ceil_div(block.D, size<2>(TileShape{})), rank = block_rank_in_cluster();
     Mainloop mainloop;
     typename Mainloop::PipelineState state;
     state.advance(turn * steps);
-    for (int unit = cluster() + turn * clusters(); unit < schedule.units(); unit += 2 * clusters()) {
+    for (int unit = cluster() + turn * clusters(); unit < units; unit += 2 * clusters()) {
+      // Anew for every tile: reciprocals of these sizes would be kept beside the accumulators.
+      const Schedule schedule = Block::schedule(Thread::forgotten(block.N), Thread::forgotten(block.M), block.triangular);
       const Place tile = schedule.at(unit, rank);
       const bool wanted = schedule.wanted(tile);
       Epilogue epilogue(params.args, {tile, thread / 32}, shared.epilogue[turn]);
@@ -162,7 +163,7 @@ struct TilesKernel {
       barrier(turn);
       epilogue.visit(acc);
       if constexpr (WRITES_G) {
-        if (params.args.out.g) stage(acc, shared.g[turn], thread);
+        if (params.args.out.g) stage(acc, params.args.out.lift, shared.g[turn], thread);
       }
       barrier(turn);  // column sums and G of all four warps are there
       epilogue.finish();
@@ -177,13 +178,14 @@ struct TilesKernel {
 
   static CUTLASS_DEVICE void barrier(int turn) { cutlass::arch::NamedBarrier::sync(128, turn); }
 
-  // G in 16 bits to shared memory, where the copy engine will see it.
-  static CUTLASS_DEVICE void stage(const Accumulators& acc, GTile& g, int thread) {
+  // lift * G in 16 bits to shared memory, where the copy engine will see it.
+  static CUTLASS_DEVICE void stage(const Accumulators& acc, const float* lift, GTile& g, int thread) {
+    const float by = lift ? *lift : 1.0f;
     auto rounded = make_tensor<Element>(acc.layout());
     cutlass::NumericArrayConverter<Element, float, 2> convert;
     CUTE_UNROLL
     for (int i = 0; i < size(acc); i += 2) {
-      const auto pair = convert({acc(i), acc(i + 1)});
+      const auto pair = convert({acc(i) * by, acc(i + 1) * by});
       rounded(i) = pair[0];
       rounded(i + 1) = pair[1];
     }
@@ -256,17 +258,18 @@ bool fragment_is_right() {
 
 template <class Kernel, class Args>
 cudaError_t launch_tiles(const Args& args, cudaStream_t stream) {
-  int device, processors;
-  if (cudaError_t error = cudaGetDevice(&device)) return error;
-  if (cudaError_t error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return error;
   constexpr int bytes = sizeof(typename Kernel::Shared);
   if (cudaError_t error = cudaFuncSetAttribute(tiles<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
 
-  const int clusters = std::min(args.block.schedule().units(), processors / CLUSTER);
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {CLUSTER, 1, 1};
-  cudaLaunchConfig_t config{dim3(CLUSTER * clusters), dim3(THREADS), size_t(bytes), stream, &cluster, 1};
+  cluster.val.clusterDim = {CLUSTER, CLUSTER, 1};
+  cudaLaunchConfig_t config{dim3(CLUSTER, CLUSTER), dim3(THREADS), size_t(bytes), stream, &cluster, 1};
+  // Not processors / 4: a part of the GPU whose processors are no multiple of 4 leaves some idle, and a cluster too many would
+  // begin its share of the units when all others are done.
+  int fitting;
+  if (cudaError_t error = cudaOccupancyMaxActiveClusters(&fitting, tiles<Kernel>, &config)) return error;
+  config.gridDim.x = CLUSTER * std::max(1, std::min(args.block.schedule().units(), fitting));
   if (cudaError_t error = cudaLaunchKernelEx(&config, tiles<Kernel>, Kernel::parameters(args))) return error;
   return cudaGetLastError();
 }

@@ -51,7 +51,7 @@ def in_float64(p):
     x = p.x.double()
     return dataclasses.replace(
         p, x=x, y=x if p.triangular else p.y.double(), logit_scale=p.logit_scale.double(),
-        row_bias=wide(p.row_bias), col_bias=wide(p.col_bias), center=wide(p.center),
+        row_bias=wide(p.row_bias), col_bias=wide(p.col_bias), center=wide(p.center), col_center=wide(p.col_center),
     )  # fmt: skip
 
 
@@ -138,7 +138,8 @@ def check_grad(p, c, *, need_bias=False, tolerance=None, **options):
         assert abs(got.d_scale - ref.d_scale) <= (2e-5 if exact else tolerance) * size, "d_scale"
     else:
         assert not got.d_scale.isfinite()
-    for name, allowed in (("g_rows", 2e-5), ("g_cols", 2e-5), ("row_sum", 2e-6)):
+    of_g = 2e-5 if exact else tolerance / 20  # before G is rounded
+    for name, allowed in (("g_rows", of_g), ("g_cols", of_g), ("row_sum", 2e-6)):
         assert (getattr(got, name) is None) == (name != "row_sum" and not need_bias or name == "row_sum" and isinstance(c, Softmax))
         if getattr(got, name) is not None:
             assert_close(getattr(got, name), getattr(ref, name), allowed, name)
@@ -155,24 +156,25 @@ def test_a_walk_meets_every_tile_once(tiles_n, tiles_m, triangular):
     wanted = [(n, m) for _, _, n, m, counts in walk if counts]
     every = [(n, m) for n in range(tiles_n) for m in range(tiles_m) if not triangular or m >= n]
     assert sorted(wanted) == every
-    # Beside them only what a unit of two rows, or a square of two by two, has past the edge and below the diagonal.
-    assert len(walk) - len(wanted) <= (2 * tiles_n + 3 if triangular else tiles_m)
+    # Beside them only what the squares of two by two have past the edges and below the diagonal.
+    assert len(walk) - len(wanted) <= (2 * tiles_n + 1 if triangular else tiles_n + tiles_m + 1)
 
 
 @given(tiles_n=st.integers(1, 40), tiles_m=st.integers(1, 40), triangular=st.booleans())
-def test_the_ctas_of_a_cluster_share_their_columns(tiles_n, tiles_m, triangular):
+def test_the_ctas_of_a_cluster_share_rows_and_columns(tiles_n, tiles_m, triangular):
     walk = _C.schedule(tiles_n, tiles_n if triangular else tiles_m, triangular)
-    for upper, lower in zip(walk[::2], walk[1::2]):
-        assert upper[:2] == (lower[0], 0) and lower[1] == 1
-        assert upper[3] == lower[3] and lower[2] == upper[2] + 1 and upper[2] % 2 == 0
+    for unit, square in enumerate(zip(*[iter(walk)] * 4)):
+        n, m = square[0][2:4]
+        assert n % 2 == m % 2 == 0
+        assert [tile[:4] for tile in square] == [(unit, 0, n, m), (unit, 1, n + 1, m), (unit, 2, n, m + 1), (unit, 3, n + 1, m + 1)]
 
 
 def test_a_wave_shares_rows_and_columns():
-    """66 units that run together (an H100 has 132 processors) read few tiles of x and y."""
+    """The tiles that run together on 128 processors read little of x and y: a square would read 23 of their tiles."""
     walk = _C.schedule(512, 512, False)
-    for start in range(0, len(walk) - 132, 132):
-        wave = walk[start : start + 132]
-        assert len({n for _, _, n, _, _ in wave}) + len({m for _, _, _, m, _ in wave}) <= 8 + 18 + 8
+    for start in range(0, len(walk) - 128, 128):
+        wave = walk[start : start + 128]
+        assert len({n for _, _, n, _, _ in wave}) + len({m for _, _, _, m, _ in wave}) <= 26
 
 
 def test_every_accumulator_has_a_place():
@@ -219,9 +221,9 @@ def test_softplus_and_sigmoid(dtype):
     scale=st.sampled_from([-1.0, 0.0, 0.1, 1.0, 30.0]), bias=st.booleans(), seed=st.integers(0, 100),
 )  # fmt: skip
 def test_any_problem(N, M, D, program, scale, bias, seed):
-    p = problem(N, M, D, program=program, scale=scale / math.sqrt(D), bias=bias, seed=seed)
+    p = problem(N, M, D, torch.float16, program, scale=scale / math.sqrt(D), bias=bias, seed=seed)
     check_sweep(p)
-    check_grad(p, softmax(p, seed=seed), need_bias=bias)
+    check_grad(p, softmax(p, seed=seed), need_bias=bias, tolerance=1e-2)  # of a few terms, some may cancel
 
 
 @pytest.mark.parametrize("program", CLASSES)
@@ -389,14 +391,18 @@ def test_triangular(program, workspace):
 @pytest.mark.parametrize("workspace", [2**29, 1024], ids=["one block", "blocks"])
 def test_deviations_of_the_positives_from_a_center(workspace):
     """Logits of 1e4: the deviation keeps what their sum would round away."""
-    for N in (1, 31, 140, 300):
-        p = problem(N, N, 16, program="by_label", triangular=True, scale=300.0)
-        s = p.x.double() @ p.x.double().T * 300
-        positive = (p.rows[1][:, None] == p.rows[1]) & (p.rows[0][:, None] != p.rows[0])
-        center = (s.masked_fill(~positive, 0).sum(1) / positive.sum(1).clamp(min=1)).float()
-        got, ref = check_sweep(dataclasses.replace(p, center=center), workspace=workspace)
-        assert got.deviation.dtype == torch.float64
-        assert_close(got.deviation, ref.deviation, 1e-6 * N * s.abs().max().item(), relative=False)
+    for N, M in ((1, 1), (31, 31), (140, 140), (300, 300), (140, 300), (257, 31)):
+        p = problem(N, M, 16, program="by_label", triangular=N == M, scale=300.0)
+        s = p.x.double() @ p.y.double().T * 300
+        positive = (p.rows[1][:, None] == p.cols[1]) & (p.rows[0][:, None] != p.cols[0])
+        center, col_center = ((s.masked_fill(~positive, 0).sum(k) / positive.sum(k).clamp(min=1)).float() for k in (1, 0))
+        p = dataclasses.replace(p, center=center, col_center=None if p.triangular else col_center)
+        got, ref = check_sweep(p, workspace=workspace)
+        assert got.deviation.dtype == torch.float64 and (got.col_deviation is None) == p.triangular
+        allowed = 1e-6 * max(N, M) * s.abs().max().item()
+        assert_close(got.deviation, ref.deviation, allowed, "rows", relative=False)
+        if not p.triangular:
+            assert_close(got.col_deviation, ref.col_deviation, allowed, "columns", relative=False)
 
 
 def test_triangular_sums_of_softplus():
@@ -436,5 +442,7 @@ def test_arguments_are_checked():
             _C.Block(**dict(x=x, y=x.clone(), logit_scale=one) | wrong)
     with pytest.raises(TypeError):
         _C.Block(x, x, one.double())  # never converted behind one's back
+    with pytest.raises(ValueError, match="of positives"):
+        _C.sweep(_C.Block(x, x, one), torch.zeros(1, 2, 1, 128), torch.zeros(128), torch.zeros(1, 128))
     with pytest.raises(ValueError, match="row_sums has fewer elements"):
         _C.sweep(_C.Block(x, x, one), torch.zeros(1, 2, 1, 127))

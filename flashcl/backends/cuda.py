@@ -61,26 +61,40 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool = False, workspace: int = W
     a = _Arguments.of(p)
     row = _no_pairs(p, len(p.x))  # (K, 2, N)
     col = row if p.triangular else _no_pairs(p, len(p.y)) if need_cols else None
-    deviation = None if p.center is None else torch.zeros(len(p.x), dtype=torch.float64, device=p.x.device)
+    deviation, col_deviation = _no_deviation(p.center, len(p.x)), _no_deviation(p.col_center, len(p.y))
+    col_center, col_deviation = (a.center, deviation) if p.triangular else (a.col_center, col_deviation)
 
-    def place(lines: int, tiles: int) -> list[Tensor | None]:
-        """Room for the sums (K, 2, tiles, lines) and the deviations (tiles, lines) of every tile."""
+    def place(lines: int, tiles: int, center: Tensor | None) -> _Lines:
         sums = torch.empty(p.classes, 2, tiles, lines, device=p.x.device)
-        return [sums, None if deviation is None else sums.new_empty(tiles, lines)]
+        return _Lines(sums, center, None if center is None else sums.new_empty(tiles, lines))
 
     for i, j in _blocks(p, workspace / _bytes_of_sums(p)):
         diagonal = p.triangular and i == j
-        rows = place(_whole(i), _tiles(j))
-        cols = rows if diagonal else [None, None] if col is None else place(_whole(j), _tiles(i))
-        row_center, col_center = (None if a.center is None else a.center[at.start :] for at in (i, j))
+        rows = place(_whole(i), _tiles(j), None if a.center is None else a.center[i.start :])
+        cols = rows if diagonal else _Lines(None, None, None)
+        if col is not None and not diagonal:
+            cols = place(_whole(j), _tiles(i), None if col_center is None else col_center[j.start :])
+        sides = (rows, row, deviation, i), (cols, col, col_deviation, j)
         with _on(p.x.device) as stream:
-            _C.sweep(a.block(i, j, diagonal), rows[0], cols[0], row_center, col_center, rows[1], cols[1], stream)
-        for (sums, deviations), out, at in ((rows, row, i), (cols, col, j))[: 1 if diagonal or col is None else 2]:
-            with _on(p.x.device) as stream:
-                _C.fold(sums, out[:, :, at], stream)
-            if deviation is not None:
-                deviation[at] += deviations.sum(0, dtype=torch.float64)[: at.stop - at.start]
-    return Statistics(_log_sum_exp(row), _log_sum_exp(col) if need_cols and not p.triangular else None, deviation)
+            _C.sweep(a.block(i, j, diagonal), *rows, *cols, stream)
+            for lines, out, total, at in sides[: 1 if diagonal or col is None else 2]:
+                _C.fold(lines.sums, out[:, :, at], stream)
+                if total is not None:
+                    total[at] += lines.deviation.sum(0, dtype=torch.float64)[: at.stop - at.start]
+    has_cols = need_cols and not p.triangular
+    return Statistics(_log_sum_exp(row), _log_sum_exp(col) if has_cols else None, deviation, None if p.triangular else col_deviation)
+
+
+class _Lines(NamedTuple):
+    """Room for what a sweep leaves of every tile, along the rows or along the columns."""
+
+    sums: Tensor | None  # (K, 2, tiles, lines)
+    center: Tensor | None  # (lines,)
+    deviation: Tensor | None  # (tiles, lines)
+
+
+def _no_deviation(center: Tensor | None, n: int) -> Tensor | None:
+    return None if center is None else torch.zeros(n, dtype=torch.float64, device=center.device)
 
 
 def _no_pairs(p: Problem, n: int) -> Tensor:
@@ -272,14 +286,15 @@ class _Arguments(NamedTuple):
     rows: tuple[Tensor, ...]  # id, range of the ids of each tile, label
     cols: tuple[Tensor, ...]
     center: Tensor | None
+    col_center: Tensor | None
 
     @staticmethod
     def of(p: Problem) -> _Arguments:
         x = _aligned(p.x)
         y = x if p.triangular else _aligned(p.y)
         biases = (None if v is None else _pad(v.detach()) for v in (p.row_bias, p.col_bias))
-        center = None if p.center is None else _pad(p.center)
-        return _Arguments(x, y, p.logit_scale.detach(), *biases, _ids(p.rows), _ids(p.cols), center)
+        centers = (None if v is None else _pad(v) for v in (p.center, p.col_center))
+        return _Arguments(x, y, p.logit_scale.detach(), *biases, _ids(p.rows), _ids(p.cols), *centers)
 
     def block(self, i: slice, j: slice, triangular: bool = False) -> Any:
         """Rows i and columns j of S, whose starts are multiples of TILE."""

@@ -1,0 +1,104 @@
+"""What nvcc made of the Hopper kernels: read from the binary, since no GPU is needed to see a spill or a missing instruction."""
+
+import re
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+if shutil.which("nvcc") is None:
+    pytest.skip("nvcc is not on PATH: there is no binary to look at", allow_module_level=True)
+
+# Where there is nvcc, tests have the CUTLASS headers too: an extension that is missing or without sm_90a is a failure.
+from flashcl import _C
+
+# Kernel -> what stands in its mangled name, whether it writes G by TMA, and the shared memory of a CTA in bytes: stages of
+# 32 KiB, two tiles of G of 32 KiB, and two times what the epilogue shares, all of it at most 227 KiB.
+KERNELS = {
+    "sweep": ("5SweepI", "9Different", False),
+    "sweep by label": ("5SweepI", "7ByLabel", False),
+    "grad": ("4GradI", "9Different", True),
+    "grad by label": ("4GradI", "7ByLabel", True),
+    "sigmoid": ("7SigmoidI", "9Different", True),
+}
+ELEMENTS = {"bfloat16": "10bfloat16_t", "float16": "6half_t"}
+
+
+def matches(mangled, kernel, element):
+    epilogue, program, _ = KERNELS[kernel]
+    return "5tiles" in mangled and all(part in mangled for part in (epilogue, program, ELEMENTS[element]))
+
+
+@cache
+def resources():
+    """{mangled name: {registers, stack, spill_stores, spill_loads}} of every kernel, as ptxas reported it."""
+    found = {}
+    for line in _C.resources().splitlines():
+        name, arch, *values = line.split()
+        found[name, arch] = {key: int(value) for key, value in (v.split("=") for v in values)}
+    return found
+
+
+@cache
+def sass():
+    """{mangled name: instructions}; cuobjdump comes with the CUDA toolkit and with triton."""
+    folder = Path(pytest.importorskip("triton", reason="neither cuobjdump nor triton, which brings one").__file__).parent
+    tool = shutil.which("cuobjdump") or folder / "backends/nvidia/bin/cuobjdump"
+    text = subprocess.run([tool, "-sass", _C.__file__], capture_output=True, text=True, check=True).stdout
+    functions = re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]
+    return {f.split(maxsplit=1)[0]: re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", f) for f in functions}
+
+
+def of(table, kernel, element):
+    found = [v for name, v in table.items() if matches(name if isinstance(name, str) else name[0], kernel, element)]
+    assert len(found) == 1, f"{len(found)} kernels look like {kernel}, {element}"
+    return found[0]
+
+
+every_kernel = pytest.mark.parametrize("kernel", KERNELS)
+every_element = pytest.mark.parametrize("element", ELEMENTS)
+
+
+def test_all_kernels_are_there():
+    assert sum("5tiles" in name for name, arch in resources()) == len(KERNELS) * len(ELEMENTS)
+    assert {arch for name, arch in resources() if "5tiles" in name} == {"sm_90a"}
+
+
+@every_element
+@every_kernel
+def test_nothing_spills(kernel, element):
+    used = of(resources(), kernel, element)
+    # 168 at launch is 65536 / 384; the warpgroups then exchange registers: 24 for the producer, 240 for each consumer.
+    assert used == dict(registers=168, stack=0, spill_stores=0, spill_loads=0)
+    code = of(sass(), kernel, element)
+    assert not [line for line in code if re.search(r"\b(LDL|STL)\b", line)]
+    moved = [int(line.rsplit(maxsplit=1)[-1], 16) for line in code if "USETMAXREG" in line]
+    assert sorted(moved) == [24, 240]
+    assert 168 < max(int(n) for line in code for n in re.findall(r"\bR(\d+)\b", line)) < 240
+
+
+@every_element
+@every_kernel
+def test_tensor_cores_and_copy_engine(kernel, element):
+    code = "\n".join(of(sass(), kernel, element))
+    products = re.findall(r"HGMMA\.\S+", code)
+    # Two wgmma of 64 rows, 4 of k = 16 in a step of 64, once for the first step of a tile and once in the loop.
+    assert len(products) == 16 and all(p.startswith("HGMMA.64x128x16.F32") for p in products)
+    assert all(("BF16" in p) == (element == "bfloat16") for p in products)
+    assert len(re.findall(r"UTMALDG\.\S*MULTICAST", code)) == len(re.findall(r"UTMALDG", code)) == 2  # x and y, for two CTAs each
+    writes_g = KERNELS[kernel][2]
+    assert bool(re.search(r"UTMASTG", code)) == bool(re.search(r"STSM", code)) == writes_g
+    assert not re.search(r"\b(HMMA|CALL|ATOM|ATOMG|RED)\b", code)  # no older path, no function calls, no atomics
+
+
+@every_element
+@every_kernel
+def test_one_fast_exp_for_each_logit(kernel, element):
+    """The exponentials in the code: how often a pass over the 128 places of a lane is there."""
+    count = sum("MUFU.EX2" in line for line in of(sass(), kernel, element))
+    # sweep: one for a shared top, two where each line has its own (one copy of the code for both classes of by_label).
+    # grad: 1 shared + 2 apart, once more with masks, unless there are always masks. sigmoid: with and without masks.
+    passes = {"sweep": 3, "sweep by label": 3, "grad": 6, "grad by label": 3, "sigmoid": 2}[kernel]
+    assert 128 * passes <= count < 128 * passes + 20  # and some of rows and columns

@@ -1,0 +1,141 @@
+"""The Hopper kernels on a Hopper GPU: what emulation on a CPU (test_cuda_host.py) cannot show. Not run on a GPU yet.
+
+tests/test_gpu.py runs the contract, graphs, streams and sizes beyond 2^31 over every backend; here are the kernels themselves.
+"""
+
+import math
+
+import pytest
+import torch
+
+import flashcl
+from flashcl.contract import LOSSES, case, evaluate
+from flashcl.engine import dispatch
+from flashcl.engine.problem import Problem, Sigmoid, Softmax
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: torch.cuda.is_available() is False"),
+]
+
+DEVICE, BF16 = torch.device("cuda"), torch.bfloat16
+SHAPES = [(1, 1, 8), (128, 128, 64), (129, 127, 72), (255, 300, 8), (300, 280, 136), (1000, 1111, 200)]
+
+
+@pytest.fixture(scope="module", params=["cuda"])
+def backend(request):
+    """Named in the ids of the tests, by which results are counted."""
+    if reason := dispatch.unusable("cuda", DEVICE, BF16):
+        # On the GPU that these kernels are for, that they cannot be used is a failure.
+        assert torch.cuda.get_device_capability() != (9, 0), reason
+        pytest.skip(reason)
+    from flashcl.backends import cuda
+
+    return cuda
+
+
+def problem(N, M, D, program="all", triangular=False, seed=0):
+    g = torch.Generator().manual_seed(seed)
+
+    def vectors(size, first):
+        ids, labels = torch.arange(size) + first, torch.randint(9, (size,), generator=g)
+        return tuple(v.to(DEVICE) for v in (ids, labels)[: {"all": 0, "different": 1, "by_label": 2}[program]])
+
+    x = torch.randn(N, D, generator=g).to(BF16).to(DEVICE)
+    y = x if triangular else torch.randn(M, D, generator=g).to(BF16).to(DEVICE)
+    rows = vectors(N, 0)
+    cols = rows if triangular else vectors(M, 3)
+    scale = torch.full((1,), 2 / math.sqrt(D), device=DEVICE)
+    return Problem(x, y, scale, None, None, program, rows, cols, triangular=triangular)
+
+
+def everything(backend, p):
+    """All that the kernels give for a problem, as named tensors."""
+    s = backend.sweep(p, need_cols=True)
+    col = s.row if p.triangular else s.col
+    ones = [torch.full_like(v.top, 0.5) for v in (s.row, col)]
+    c = Softmax(ones[0], s.row) if p.triangular else Softmax(ones[0], s.row, ones[1], s.col)
+    out = dict(row=s.row.value(), col=col.value())
+    coefficients = [c] if p.classes == 2 or p.triangular else [c, Sigmoid(torch.ones(len(p.x), device=p.x.device))]
+    for c in coefficients:
+        g = backend.grad(p, c, need_x=True, need_y=True, need_bias=not p.triangular, need_scale=True)
+        out |= {f"{type(c).__name__} {k}": v for k, v in vars(g).items() if v is not None}
+    return out
+
+
+def on_cpu(p):
+    """The same problem for the emulation."""
+    moved = {k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in vars(p).items()}
+    x = moved["x"]
+    rows, cols = (tuple(v.cpu() for v in vectors) for vectors in (p.rows, p.cols))
+    return Problem(**moved | dict(y=x if p.triangular else moved["y"], rows=rows, cols=cols))
+
+
+def check_like_emulation(backend, p):
+    """The GPU differs from the emulation in exp, in the order within a product and in the order of the GEMMs, by little."""
+    got, want = everything(backend, p), everything(backend, on_cpu(p))
+    for name, v in want.items():
+        v, tolerance = v.double(), 1e-6 if name in ("row", "col", "Sigmoid row_sum") else 5e-3 if " d" in name else 2e-5
+        assert torch.equal(got[name].cpu().isfinite(), v.isfinite()), name
+        finite = v[v.isfinite()]
+        error = (got[name].cpu().double()[v.isfinite()] - finite).abs().max() if len(finite) else torch.zeros(())
+        assert error <= tolerance * max(finite.abs().max().item() if len(finite) else 0, 1e-3), f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("N, M, D", SHAPES)
+@pytest.mark.parametrize("program", ["all", "different", "by_label"])
+def test_like_emulation(backend, program, N, M, D):
+    check_like_emulation(backend, problem(N, M, D, program))
+    check_like_emulation(backend, problem(N, N, D, program, triangular=True))
+
+
+@pytest.mark.parametrize("triangular", [False, True])
+@pytest.mark.parametrize("program", ["all", "different", "by_label"])
+def test_a_thousand_times_the_same_bits(backend, program, triangular):
+    """Many waves of tiles, 24 steps in a tile: a race moves a bit sooner or later."""
+    p = problem(4096, 4096 if triangular else 2049, 1536, program, triangular)
+    first = everything(backend, p)
+    different = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(1000):
+        different += sum((a.nan_to_num() != b.nan_to_num()).sum() for a, b in zip(everything(backend, p).values(), first.values()))
+    assert different.item() == 0
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_thousand_steps_the_same_bits(backend, loss):
+    """The losses themselves, forward and backward, beside other work on a second stream."""
+    c = case(loss, "init", n=1500, d=256).to(BF16, DEVICE)
+    c.options["backend"] = "cuda"
+    side, noise = torch.cuda.Stream(), torch.randn(2048, 2048, device=DEVICE)
+
+    def run():
+        return evaluate(getattr(flashcl, c.function), c)
+
+    first = {k: v.clone() for k, v in run().items()}
+    different = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    for _ in range(1000):
+        with torch.cuda.stream(side):
+            noise @ noise
+        different += sum((v != first[k]).sum() for k, v in run().items())
+    torch.cuda.synchronize()
+    assert different.item() == 0
+
+
+@pytest.mark.parametrize("workspace", [2**29, 2**20], ids=["one block", "blocks"])
+def test_unwritten_memory_is_not_read(backend, workspace):
+    """All of a block is written: what torch.empty hands out holds NaN."""
+    p = problem(1000, 1111, 200)
+    blocks = [torch.full((2**24,), math.nan, device=DEVICE) for _ in range(8)]
+    del blocks
+    s = backend.sweep(p, need_cols=True, workspace=workspace)
+    c = Softmax(torch.ones_like(s.row.top), s.row, torch.ones_like(s.col.top), s.col)
+    g = backend.grad(p, c, need_x=True, need_y=True, need_bias=True, need_scale=True, workspace=workspace)
+    assert all(v.isfinite().all() for v in (s.row.value(), s.col.value(), *vars(g).values()) if v is not None)
+
+
+def test_errors_are_exceptions(backend):
+    from flashcl import _C
+
+    x, one = torch.zeros(4, 8, dtype=BF16, device=DEVICE), torch.ones(1, device=DEVICE)
+    with pytest.raises(ValueError, match="another device"):
+        _C.Block(x, x.clone(), one.cpu())
