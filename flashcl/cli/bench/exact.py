@@ -141,27 +141,35 @@ class _Logits:
         partner = (i + self.n // 2) % self.n if self.loss == "nt_xent" else i
         return (partner[:, None] == j).to(self.x.dtype)
 
+    def positive(self) -> Tensor:
+        """The logit of each row's positive, or the mean of several: O(N D)."""
+        if self.loss == "sup_con":
+            sums = self.x.new_zeros(int(self.labels.max()) + 1, self.x.shape[1]).index_add_(0, self.labels, self.x)
+            return self.scale * (self.x * (sums[self.labels] - self.x)).sum(1) / self.positives.clamp(min=1)
+        partner = self.y.roll(self.n // 2, 0) if self.loss == "nt_xent" else self.y
+        return self.scale * (self.x * partner).sum(1) + self.bias
+
     def value(self) -> Tensor:
         """The loss; keeps the log-sum-exps of rows and columns for the gradients."""
         self.row_lse = torch.empty(self.n, dtype=self.x.dtype, device=self.device)
         self.col_lse = torch.full_like(self.row_lse, -torch.inf)
-        total = self.x.new_zeros(())
+        positive, softplus = self.positive(), self.x.new_zeros(())
         for i in self.all.split(self.block):
             s, _ = self.s(i, self.all)
-            target = self.targets(i, self.all)
             if self.loss == "siglip":
-                total += torch.nn.functional.softplus(s, threshold=1000).sum() - (s * target).sum()
+                softplus += torch.nn.functional.softplus(s, threshold=1000).sum()
                 continue
             self.row_lse[i] = s.logsumexp(1)
-            positive = (torch.where(target > 0, s, 0) * target).sum(1)
-            loss = self.row_lse[i] - positive
-            total += (loss * (self.positives[i] > 0)).sum() if self.loss == "sup_con" else loss.sum()
             if self.loss == "info_nce":
                 self.col_lse = torch.logaddexp(self.col_lse, s.logsumexp(0))
-                total -= positive.sum()
-        if self.loss == "info_nce":
-            return (total + self.col_lse.sum()) / (2 * self.n)
-        return total / (self.anchors if self.loss == "sup_con" else self.n)
+        match self.loss:
+            case "siglip":  # softplus(-s) = softplus(s) - s
+                return (softplus - positive.sum()) / self.n
+            case "info_nce":
+                return ((self.row_lse + self.col_lse) / 2 - positive).mean()
+            case "sup_con":
+                return ((self.row_lse - positive) * (self.positives > 0)).sum() / self.anchors
+        return (self.row_lse - positive).mean()
 
     def g(self, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
         """(gradient of the loss with respect to a block of S, cosines)."""
