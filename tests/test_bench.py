@@ -376,6 +376,17 @@ def test_providers_take_turns(offered):
     assert rows["a"].runs == rows["b"].runs == len(calls) // 2 - 2  # without the gate and the warm-up round
 
 
+def test_forward_is_an_evaluation_and_full_a_training_step(offered):
+    seen = []
+
+    def watched(x, y, logit_scale):
+        seen.append((torch.is_grad_enabled(), x.requires_grad))
+        return right(x, y, logit_scale)
+
+    offered(modes=MODES, watched=watched)
+    assert seen[1:3] == [(False, False), (True, True)] and set(seen) == {(False, False), (True, True)}
+
+
 def test_time_is_that_of_the_step(offered):
     def slow(x, y, logit_scale):
         time.sleep(0.02)
