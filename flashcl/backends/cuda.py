@@ -164,7 +164,8 @@ def grad(
             buffer = torch.empty(math.prod(shape), dtype=a.x.dtype, device=p.x.device) if buffer is None else buffer
             g = buffer[: math.prod(shape)].view(shape)
         sums = _tile_sums(p, i, j, need_bias=need_bias, need_scale=need_scale)
-        _launch(a.block(i, j), c, row.at(i), col and col.at(j), sums, g, lift, p.x.device)
+        with _on(p.x.device) as stream:
+            _launch(a.block(i, j), c, row.at(i), col and col.at(j), sums, g, lift, stream)
 
         for total, part, at in ((g_rows, sums.g_rows, i), (g_cols, sums.g_cols, j), (row_sum, sums.softplus, i)):
             if total is not None:
@@ -248,17 +249,15 @@ def _tile_sums(p: Problem, i: slice, j: slice, *, need_bias: bool, need_scale: b
     )
 
 
-def _launch(block, c, row: _Side, col: _Side | None, sums: _TileSums, g: Tensor | None, lift: Tensor | None, device) -> None:
-    of_g = dict(g=g, lift=lift, g_rows=sums.g_rows, g_cols=sums.g_cols, scaled=sums.scaled)
-    with _on(device) as stream:
-        if isinstance(c, Sigmoid):
-            _C.sigmoid(block, row.weight, sums.softplus, **of_g, stream=stream)
-        else:
-            about = c.about if sums.scaled is not None else None
-            sides = dict(row_weight=row.weight, row_lse=row.lse, row_range=row.range, row_offset=row.offset)
-            if col is not None:
-                sides |= dict(col_weight=col.weight, col_lse=col.lse, col_range=col.range, col_offset=col.offset)
-            _C.grad(block, **sides, **of_g, about=about, stream=stream)
+def _launch(block, c, row: _Side, col: _Side | None, sums: _TileSums, g: Tensor | None, lift: Tensor | None, stream) -> None:
+    of_g = dict(g=g, lift=lift, g_rows=sums.g_rows, g_cols=sums.g_cols, scaled=sums.scaled, stream=stream)
+    if isinstance(c, Sigmoid):
+        _C.sigmoid(block, row.weight, sums.softplus, **of_g)
+        return
+    sides = dict(row_weight=row.weight, row_lse=row.lse, row_range=row.range, row_offset=row.offset)
+    if col is not None:
+        sides |= dict(col_weight=col.weight, col_lse=col.lse, col_range=col.range, col_offset=col.offset)
+    _C.grad(block, **sides, **of_g, about=c.about)
 
 
 def _lift(row: _Side, col: _Side | None) -> Tensor:
@@ -341,7 +340,7 @@ def _aligned(x: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _on(device: torch.device) -> Iterator[int]:
-    """The current stream of the device. Launches go to the current device, wherever their tensors are."""
+    """The current stream of the device, which is made current: tensors of another one are not exported, nor kernels launched."""
     if device.type != "cuda":
         yield 0
         return
