@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 SOURCES = ("flashcl", "triton_kernels", "csrc", "tests", "bench/*.py", "setup.py", "pyproject.toml")
 KERNELS = ("cuda", "triton")
-UNTIL = dict(build=0.15, tests=0.5, sanitizer=0.62, bench=0.97)  # each stage ends at this share of the time
+UNTIL = dict(build=0.3, tests=0.55, sanitizer=0.66, bench=0.97)  # each stage ends at this share of the time
 FLASHCL = [sys.executable, "-c", "import sys; from flashcl.cli import main; sys.exit(main())"]
 
 
