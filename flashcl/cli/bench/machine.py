@@ -30,7 +30,7 @@ def environment(device: torch.device) -> dict[str, str | float]:
     return dict(
         device=describe(device),
         driver=_first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "none",
-        system=platform.platform(terse=True),
+        system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         torch=torch.__version__,
         triton=_version("triton"),
