@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import flashcl
-from flashcl.engine import dispatch, ops
+from flashcl.engine import dispatch, ops, positives
 
 
 def leaf(n=9, d=5, seed=0, dtype=torch.float64):
@@ -52,16 +52,30 @@ def test_compiled_as_one_graph_it_is_the_same(name):
 def test_operators_keep_their_word(monkeypatch):
     """Schema, fake implementation and aliasing of each operator, with arguments as the losses pass them."""
     seen = []
-    for op in ("_sweep", "_sweep_softplus", "_grad"):
-        real = getattr(ops, op)
-        monkeypatch.setattr(ops, op, lambda *args, real=real: (seen.append((real, args)), real(*args))[1])
+    operators = [(ops, name) for name in ("_sweep", "_sweep_softplus", "_grad")]
+    operators += [(positives, name) for name in vars(positives) if isinstance(vars(positives)[name], torch.library.CustomOpDef)]
+    for module, name in operators:
+        real = getattr(module, name)
+        copied = lambda args: tuple(v.clone() if isinstance(v, torch.Tensor) else v for v in args)  # noqa: E731
+        monkeypatch.setattr(module, name, lambda *args, real=real: (seen.append((real, copied(args))), real(*args))[1])
     for call in CALLS.values():
         call(leaf(), leaf(seed=1), scalar(0.3)).backward()
     checked = set()
     for op, args in seen:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
         checked.add(op._qualname)
-    assert checked == {"flashcl::sweep", "flashcl::sweep_softplus", "flashcl::grad"}
+    engine = {"sweep", "sweep_softplus", "grad", "partner_products", "add_partners_", "add_to_partners_"}
+    labels = {"others_with_label", "label_sums", "label_products", "add_labels_"}
+    assert checked == {f"flashcl::{name}" for name in engine | labels}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_no_gradient_is_made_where_none_is_wanted(name, monkeypatch):
+    x, y, t = leaf(), leaf(seed=1), scalar(0.3)
+    expected = CALLS[name](x, y, t)
+    monkeypatch.setattr(ops, "grad", lambda *args, **options: pytest.fail("a gradient was made"))
+    with torch.no_grad():
+        assert torch.allclose(CALLS[name](x, y, t), expected)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -84,7 +84,10 @@ def softplus_sum(
 ) -> Tensor:
     """(N,) float64 or, not per_row, their sum: then gradients are made in the forward sweep, and backward only scales them."""
     logit_scale, row_bias, _ = _statistic_dtype(x, logit_scale, row_bias, None)
-    return _SoftplusSum.apply(x, y, logit_scale, row_bias, pairs, per_row, backend)
+    # Inside an autograd function no_grad does not show: without it the gradients would be made all the same.
+    each = per_row or not torch.is_grad_enabled()
+    loss = _SoftplusSum.apply(x, y, logit_scale, row_bias, pairs, each, backend)
+    return loss if per_row else loss.sum()
 
 
 def _statistic_dtype(x: Tensor, logit_scale: Tensor, *biases: Tensor | None) -> list[Tensor | None]:
