@@ -145,12 +145,18 @@ def compile_file(path, flags, temp):
 def resources_source(report):
     """C++ with one line per kernel: its (mangled) name, and what ptxas gave it."""
     lines = []
-    for kernel, arch, rest in re.findall(r"Compiling entry function '(\S+)' for '(\S+)'(.*?Used .*?)\n", report, re.DOTALL):
-        stack, stores, loads = re.search(r"(\d+) bytes stack.*?(\d+) bytes spill st.*?(\d+) bytes spill l", rest).groups()
+    for kernel, arch, rest in re.findall(
+        r"Compiling entry function '(\S+)' for '(\S+)'(.*?Used .*?)\n", report, re.DOTALL
+    ):
+        stack, stores, loads = re.search(
+            r"(\d+) bytes stack.*?(\d+) bytes spill st.*?(\d+) bytes spill l", rest
+        ).groups()
         registers = re.search(r"Used (\d+) registers", rest)[1]
-        lines.append(f"{kernel} {arch} registers={registers} stack={stack} spill_stores={stores} spill_loads={loads}\\n")
+        lines.append(
+            f"{kernel} {arch} registers={registers} stack={stack} spill_stores={stores} spill_loads={loads}\\n"
+        )
     text = "\n".join(f'    "{line}"' for line in sorted(lines))
-    return f'namespace flashcl {{\nextern const char* const resources;\nconst char* const resources =\n{text or chr(34) * 2};\n}}\n'
+    return f"namespace flashcl {{\nextern const char* const resources;\nconst char* const resources =\n{text or chr(34) * 2};\n}}\n"
 
 
 def nvcc_flags(ext):

@@ -1,4 +1,5 @@
-// The kernels on the CPU, for the tests: products by a plain loop, everything else by the code that the GPU runs (lanes.h).
+// The kernels on the CPU, for the tests: products by a plain loop, everything else by the code that the GPU runs
+// (lanes.h).
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -12,7 +13,8 @@ namespace flashcl {
 namespace {
 
 float to_float(const void* p, int64_t i, bool half) {
-  return half ? __half2float(static_cast<const __half*>(p)[i]) : __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
+  return half ? __half2float(static_cast<const __half*>(p)[i])
+              : __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
 }
 
 void round_to(void* p, int64_t i, float value, bool half) {
@@ -59,14 +61,17 @@ void store(const Output& out, const Block& b, Place tile, const Fragments& acc) 
       for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk)
         for (int q = 0; q < Fragment::COLS; ++q)
           for (int lane = 0; lane < 32; ++lane) {
-            const int64_t i = tile.n * TILE + Fragment::row(warp, lane, r), j = tile.m * TILE + Fragment::col(lane, chunk, q);
+            const int64_t i = tile.n * TILE + Fragment::row(warp, lane, r),
+                          j = tile.m * TILE + Fragment::col(lane, chunk, q);
             round_to(out.g, i * out.stride + j, by * acc.of_warp[warp][Fragment::place(r, chunk, q)].v[lane], b.half);
           }
 }
 
 const Output* output_of(const SweepArgs&) { return nullptr; }
 template <class Args>
-const Output* output_of(const Args& args) { return args.out.g ? &args.out : nullptr; }
+const Output* output_of(const Args& args) {
+  return args.out.g ? &args.out : nullptr;
+}
 
 // What TilesKernel does, one tile after the other.
 template <class Epilogue, class Args>

@@ -1,7 +1,7 @@
 // Merges the statistics that a sweep left of every tile into those of the lines, in a fixed order.
 //
-// A line is folded by FOLDERS of them: each takes every FOLDERS-th tile, then their results are merged one after the other.
-// Totals are float64: one more rounding per tile would show in a line of many tiles.
+// A line is folded by FOLDERS of them: each takes every FOLDERS-th tile, then their results are merged one after the
+// other. Totals are float64: one more rounding per tile would show in a line of many tiles.
 #pragma once
 
 #include "lanes.h"

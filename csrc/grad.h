@@ -1,14 +1,14 @@
 // G of one tile of S, from the log-sum-exps of its rows and columns:
 //
-//     G_ij = row_weight[k, i] exp(s_ij - row_lse[k, i]) + col_weight[k, j] exp(s_ij - col_lse[k, j])     k: class of (i, j)
+//     G_ij = row_weight[k, i] exp(s_ij - row_lse[k, i]) + col_weight[k, j] exp(s_ij - col_lse[k, j])
 //            - (row_offset[i] + col_offset[j] where k = 1)
 //
 // Where the log-sum-exps of the tile are close to each other, one shift `low` serves all of them and one exp does:
 //
 //     G_ij = exp(s_ij - low) (a_i + b_j),   a_i = row_weight[i] exp(low - row_lse[i]),  b_j alike
 //
-// so it does where no gradient comes through the columns: low is row_lse[i] then, and b_j = 0. (Not with two classes: there a
-// low for each row and class finds no registers, and no loss asks for it.)
+// so it does where no gradient comes through the columns: low is row_lse[i] then, and b_j = 0. (Not with two classes:
+// there a low for each row and class finds no registers, and no loss asks for it.)
 #pragma once
 
 #include "logits.h"
@@ -35,7 +35,8 @@ class Grad {
   struct Shared {
     // Of the columns: b_j where the exp is shared, weight and lse where it is not.
     float bias[TILE], offset[K == 2 ? TILE : 1], weight[K][TILE], lse[K][TILE];
-    float row_offset[K == 2 ? TILE : 1];  // read anew for every chunk of columns: 4 registers less while columns are summed
+    // Of the rows: read anew for every chunk of columns, which leaves 4 registers more while columns are summed.
+    float row_offset[K == 2 ? TILE : 1];
     typename TileSums<W>::Shared sums;
   };
 

@@ -21,4 +21,9 @@ int launch_grad(const GradArgs& args, void* stream) {
   return args.block.half ? launch<cutlass::half_t>(args, s) : launch<cutlass::bfloat16_t>(args, s);
 }
 
+int shared_memory_of_grad(bool by_label) {
+  return by_label ? sizeof(Kernel<cutlass::bfloat16_t, ByLabel>::Shared)
+                  : sizeof(Kernel<cutlass::bfloat16_t, Different>::Shared);
+}
+
 }  // namespace flashcl

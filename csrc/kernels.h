@@ -1,5 +1,5 @@
-// The kernels, as plain functions: one set for a GPU (0 or a cudaError_t; work is queued on `stream`) and one for the CPU,
-// which does to tiles of a CPU product what the GPU does to tiles of its own, lane by lane, for the tests.
+// The kernels, as plain functions: one set for a GPU (0 or a cudaError_t; work is queued on `stream`) and one for the
+// CPU, which does to tiles of a CPU product what the GPU does to tiles of its own, lane by lane, for the tests.
 #pragma once
 
 #include "fold.h"
@@ -13,7 +13,11 @@ namespace flashcl {
 int launch_sweep(const SweepArgs& args, void* stream);
 int launch_grad(const GradArgs& args, void* stream);
 int launch_sigmoid(const SigmoidArgs& args, void* stream);
-bool fragment_is_right();  // tiles_sm90.cuh
+// For the tests: bytes of shared memory of a CTA, and whether tile.h's Fragment agrees with CuTe.
+int shared_memory_of_sweep(bool by_label);
+int shared_memory_of_grad(bool by_label);
+int shared_memory_of_sigmoid();
+bool fragment_is_right();
 #else
 constexpr int NOT_BUILT = 209;  // cudaErrorNoKernelImageForDevice
 inline int launch_sweep(const SweepArgs&, void*) { return NOT_BUILT; }

@@ -3,8 +3,8 @@
 //   Thread   in .cu files: one lane, the hardware has the other 31. W::F is float.
 //   Warp     in .cpp files: all 32 lanes at once, as arrays. W::F is 32 floats.
 //
-// Branches must be uniform over a warp (W::any), everything else is W::select: then both machines do the same operations
-// in the same order.
+// Branches must be uniform over a warp (W::any), everything else is W::select: then both machines do the same
+// operations in the same order.
 #pragma once
 
 #include <cmath>
@@ -68,14 +68,21 @@ struct Thread {
     asm volatile("" : "+f"(x)::"memory");
     return x;
   }
-  // x by way of the shuffle unit: what two passes over a tile have in common, ptxas would keep from the first to the second.
+  // x by way of the shuffle unit: what two passes over a tile have in common, ptxas would keep from the first to the
+  // second.
   template <class T>
-  static FLASHCL_LANE T forgotten(T x) { return __shfl_xor_sync(0xffffffffu, x, 0); }
+  static FLASHCL_LANE T forgotten(T x) {
+    return __shfl_xor_sync(0xffffffffu, x, 0);
+  }
 
   template <class T>
-  static FLASHCL_LANE T load(const T* p, I i) { return p[i]; }
+  static FLASHCL_LANE T load(const T* p, I i) {
+    return p[i];
+  }
   template <class T>
-  static FLASHCL_LANE T load_shared(const T* p, I i) { return p[i]; }
+  static FLASHCL_LANE T load_shared(const T* p, I i) {
+    return p[i];
+  }
   static FLASHCL_LANE void store(float* p, I i, F v, B mask) {
     if (mask) p[i] = v;
   }
@@ -102,8 +109,10 @@ struct Lanes {
     for (int i = 0; i < 32; ++i) out.v[i] = op(x.v[i], y.v[i]);
     return out;
   }
-#define FLASHCL_OPERATOR(OP, RESULT) \
-  friend auto operator OP(const Lanes& x, const Lanes& y) { return each(x, y, [](T a, T b) { return RESULT(a OP b); }); }
+#define FLASHCL_OPERATOR(OP, RESULT)                            \
+  friend auto operator OP(const Lanes& x, const Lanes& y) {     \
+    return each(x, y, [](T a, T b) { return RESULT(a OP b); }); \
+  }
   FLASHCL_OPERATOR(+, T)
   FLASHCL_OPERATOR(-, T)
   FLASHCL_OPERATOR(*, T)
@@ -116,9 +125,15 @@ struct Lanes {
   FLASHCL_OPERATOR(&, T)
   FLASHCL_OPERATOR(|, T)
 #undef FLASHCL_OPERATOR
-  friend Lanes operator/(const Lanes& x, int d) { return each(x, Lanes(d), [](T a, T b) { return a / b; }); }
-  friend Lanes operator%(const Lanes& x, int d) { return each(x, Lanes(d), [](T a, T b) { return a % b; }); }
-  friend Lanes operator~(const Lanes& x) { return each(x, x, [](T a, T) { return T(~a); }); }
+  friend Lanes operator/(const Lanes& x, int d) {
+    return each(x, Lanes(d), [](T a, T b) { return a / b; });
+  }
+  friend Lanes operator%(const Lanes& x, int d) {
+    return each(x, Lanes(d), [](T a, T b) { return a % b; });
+  }
+  friend Lanes operator~(const Lanes& x) {
+    return each(x, x, [](T a, T) { return T(~a); });
+  }
   friend Lanes<bool> operator!(const Lanes& x) { return x == Lanes(T{}); }
   Lanes& operator+=(const Lanes& x) { return *this = *this + x; }
 };
@@ -157,9 +172,15 @@ struct Warp {
     for (int k = 0; k < 32; ++k) out.v[k] = bits.v[k] >> i & 1;
     return out;
   }
-  static F max(const F& x, const F& y) { return F::each(x, y, [](float a, float b) { return std::fmax(a, b); }); }
-  static F min(const F& x, const F& y) { return F::each(x, y, [](float a, float b) { return std::fmin(a, b); }); }
-  static F abs(const F& x) { return map(x, [](float a) { return std::fabs(a); }); }
+  static F max(const F& x, const F& y) {
+    return F::each(x, y, [](float a, float b) { return std::fmax(a, b); });
+  }
+  static F min(const F& x, const F& y) {
+    return F::each(x, y, [](float a, float b) { return std::fmin(a, b); });
+  }
+  static F abs(const F& x) {
+    return map(x, [](float a) { return std::fabs(a); });
+  }
   static F fma(const F& x, const F& y, const F& z) {
     F out;
     for (int i = 0; i < 32; ++i) out.v[i] = std::fma(x.v[i], y.v[i], z.v[i]);
@@ -171,7 +192,9 @@ struct Warp {
       return y < 0x1p-126f ? 0.0f : y;
     });
   }
-  static F reciprocal(const F& x) { return map(x, [](float a) { return 1.0f / a; }); }
+  static F reciprocal(const F& x) {
+    return map(x, [](float a) { return 1.0f / a; });
+  }
   static F shuffle_xor(const F& x, int mask) {
     F out;
     for (int i = 0; i < 32; ++i) out.v[i] = x.v[i ^ mask];
@@ -184,7 +207,9 @@ struct Warp {
   }
   static F settled(const F& x) { return x; }
   template <class T>
-  static T forgotten(const T& x) { return x; }
+  static T forgotten(const T& x) {
+    return x;
+  }
   template <class T>
   static Lanes<T> load(const T* p, const I& i) {
     Lanes<T> out;
@@ -192,7 +217,9 @@ struct Warp {
     return out;
   }
   template <class T>
-  static Lanes<T> load_shared(const T* p, const I& i) { return load(p, i); }
+  static Lanes<T> load_shared(const T* p, const I& i) {
+    return load(p, i);
+  }
   static void store(float* p, const I& i, const F& v, const B& mask) {
     for (int k = 0; k < 32; ++k)
       if (mask.v[k]) p[i.v[k]] = v.v[k];

@@ -104,8 +104,8 @@ FLASHCL_LANE typename W::F logit(typename W::F product, float scale, typename W:
   return W::fma(product, typename W::F(scale), row_bias) + col_bias;
 }
 
-// A vector of the rows or columns of tile number `tile` to shared memory, each lane of the warpgroup element `at`; 0 if there is
-// none. From there, loads are so short that the compiler does not begin with all of them, and spill.
+// A vector of the rows or columns of tile number `tile` to shared memory, each lane of the warpgroup element `at`; 0 if
+// there is none. From there, loads are so short that the compiler does not begin with all of them, and spill.
 template <class W>
 FLASHCL_LANE void stage(float (&to)[TILE], const float* p, int tile, typename W::I at) {
   W::store(to, at, p ? W::load(p + int64_t(tile) * TILE, at) : typename W::F(0.0f), typename W::B(true));

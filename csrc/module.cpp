@@ -1,8 +1,8 @@
 // Binds csrc/ to Python as flashcl._C: the one file that knows Python, as the .cu files are the ones that know CUDA.
 //
 // A kernel is a .cu file with a plain C++ header beside it, and a file whose code only one GPU generation can run
-// carries it as a suffix (sweep_sm90.cu); setup.py compiles it for that generation, the others for every architecture of
-// FLASHCL_ARCHS. Tensors arrive by DLPack and streams as integers, so nothing here depends on a version of torch.
+// carries it as a suffix (sweep_sm90.cu); setup.py compiles it for that generation, the others for every architecture
+// of FLASHCL_ARCHS. Tensors arrive by DLPack and streams as integers, so nothing here depends on a version of torch.
 //
 // Tensors on the CPU are emulated (emulate.cpp). Shapes are checked here, once, for both.
 #include <nanobind/nanobind.h>
@@ -39,7 +39,7 @@ void require(bool condition, const std::string& what) {
   if (!condition) throw nb::value_error(("flashcl._C: " + what).c_str());
 }
 
-// ---- build and device ------------------------------------------------------------------------------------------------
+// ---- build and device ----
 
 std::string compiler() {
 #ifdef __clang__
@@ -75,7 +75,7 @@ nb::dict build_info() {
   return out;
 }
 
-// ---- arguments -------------------------------------------------------------------------------------------------------
+// ---- arguments ----
 
 // The pointer of a tensor that must lie where the embeddings do and have this many elements; null of none.
 struct Reader {
@@ -83,7 +83,8 @@ struct Reader {
 
   template <class T>
   T* operator()(const Array<T>& array, int64_t elements, const char* name) const {
-    require(array.device_type() == device_type && array.device_id() == device_id, std::string(name) + " is on another device");
+    require(array.device_type() == device_type && array.device_id() == device_id,
+            std::string(name) + " is on another device");
     require(int64_t(array.size()) >= elements, std::string(name) + " has fewer elements than its tiles");
     return array.data();
   }
@@ -105,13 +106,16 @@ struct Problem {
   bool on_cpu() const { return reader.device_type == nb::device::cpu::value; }
 };
 
-bool is(const Matrix& x, nb::dlpack::dtype_code code) { return x.dtype().code == uint8_t(code) && x.dtype().bits == 16; }
+bool is(const Matrix& x, nb::dlpack::dtype_code code) {
+  return x.dtype().code == uint8_t(code) && x.dtype().bits == 16;
+}
 
 void check_operand(const Matrix& x, const char* name) {
   const std::string who = name;
   require(x.shape(0) > 0 && x.shape(0) < (1u << 31) - TILE, who + " must have rows, fewer than 2^31");
   require(x.shape(1) > 0 && x.shape(1) % 8 == 0, who + " must have a multiple of 8 columns");
-  require(x.stride(1) == 1 && x.stride(0) % 8 == 0 && x.stride(0) > 0, who + " must have contiguous rows, 16-byte aligned");
+  require(x.stride(1) == 1 && x.stride(0) % 8 == 0 && x.stride(0) > 0,
+          who + " must have contiguous rows, 16-byte aligned");
   require(reinterpret_cast<uintptr_t>(x.data()) % 16 == 0, who + " must be 16-byte aligned");
 }
 
@@ -148,8 +152,8 @@ Problem problem(const Matrix& x, const Matrix& y, const Floats& logit_scale, con
   return p;
 }
 
-flashcl::Sums sums(const Problem& p, const Maybe<Result>& rows, const Maybe<Result>& cols, const Maybe<Result>& softplus,
-                   const Maybe<Result>& scaled, const Maybe<Floats>& about) {
+flashcl::Sums sums(const Problem& p, const Maybe<Result>& rows, const Maybe<Result>& cols,
+                   const Maybe<Result>& softplus, const Maybe<Result>& scaled, const Maybe<Floats>& about) {
   require(!rows == !cols, "g_rows come with g_cols");
   const Reader& read = p.reader;
   return {read(rows, p.tiles_m() * p.rows(), "g_rows"), read(cols, p.tiles_n() * p.cols(), "g_cols"),
@@ -177,7 +181,8 @@ flashcl::Side side(const Problem& p, int64_t lines, const Maybe<Coefficients>& w
   if (!weight) return {nullptr, nullptr, nullptr, nullptr, 0};
   require(lse && range, "weights come with log-sum-exps and their ranges");
   for (const Coefficients& v : {*weight, *lse}) {
-    require(v.device_type() == p.reader.device_type && v.device_id() == p.reader.device_id, "coefficients are on another device");
+    require(v.device_type() == p.reader.device_type && v.device_id() == p.reader.device_id,
+            "coefficients are on another device");
     require(int(v.shape(0)) == p.classes() && int64_t(v.shape(1)) >= lines, "coefficients must be (classes, lines)");
     require(v.stride(1) == 1 && (p.classes() == 1 || v.stride(0) == weight->stride(0)), "lines must be contiguous");
   }
@@ -185,10 +190,11 @@ flashcl::Side side(const Problem& p, int64_t lines, const Maybe<Coefficients>& w
           weight->stride(0)};
 }
 
-// ---- calls -----------------------------------------------------------------------------------------------------------
+// ---- calls ----
 
 template <class Args>
-void call(const Args& args, bool on_cpu, uintptr_t stream, void (*emulate)(const Args&), int (*launch)(const Args&, void*)) {
+void call(const Args& args, bool on_cpu, uintptr_t stream, void (*emulate)(const Args&),
+          int (*launch)(const Args&, void*)) {
   int error = 0;
   {
     nb::gil_scoped_release others_may_run;
@@ -200,27 +206,29 @@ void call(const Args& args, bool on_cpu, uintptr_t stream, void (*emulate)(const
   if (error) throw std::runtime_error(std::string("flashcl._C: ") + flashcl::error_text(error));
 }
 
-void sweep(const Problem& p, const Result& row_sums, const Maybe<Floats>& row_center, const Maybe<Result>& row_deviation,
-           const Maybe<Result>& col_sums, const Maybe<Floats>& col_center, const Maybe<Result>& col_deviation,
-           uintptr_t stream) {
+void sweep(const Problem& p, const Result& row_sums, const Maybe<Floats>& row_center,
+           const Maybe<Result>& row_deviation, const Maybe<Result>& col_sums, const Maybe<Floats>& col_center,
+           const Maybe<Result>& col_deviation, uintptr_t stream) {
   const int64_t planes = 2 * p.classes(), along_rows = p.tiles_m() * p.rows(), along_cols = p.tiles_n() * p.cols();
   require(!row_center == !row_deviation && !col_center == !col_deviation, "centers come with deviations");
   require(!col_center || col_sums, "deviations of columns come with their statistics");
-  require(!(col_center && !row_center) && (!row_center || p.classes() == 2), "deviations are of positives, along the rows too");
+  require(!(col_center && !row_center) && (!row_center || p.classes() == 2),
+          "deviations are of positives, along the rows too");
   const Reader& read = p.reader;
-  const flashcl::SweepArgs args{p.block,
-                                {read(row_sums, planes * along_rows, "row_sums"), read(row_center, p.rows(), "row_center"),
-                                 read(row_deviation, along_rows, "row_deviation")},
-                                {read(col_sums, planes * along_cols, "col_sums"), read(col_center, p.cols(), "col_center"),
-                                 read(col_deviation, along_cols, "col_deviation")}};
+  const flashcl::SweepArgs args{
+      p.block,
+      {read(row_sums, planes * along_rows, "row_sums"), read(row_center, p.rows(), "row_center"),
+       read(row_deviation, along_rows, "row_deviation")},
+      {read(col_sums, planes * along_cols, "col_sums"), read(col_center, p.cols(), "col_center"),
+       read(col_deviation, along_cols, "col_deviation")}};
   call(args, p.on_cpu(), stream, flashcl::emulate_sweep, flashcl::launch_sweep);
 }
 
 void grad(const Problem& p, const Coefficients& row_weight, const Coefficients& row_lse, const Floats& row_range,
           const Maybe<Floats>& row_offset, const Maybe<Coefficients>& col_weight, const Maybe<Coefficients>& col_lse,
           const Maybe<Floats>& col_range, const Maybe<Floats>& col_offset, const G& g, const Maybe<Floats>& lift,
-          const Maybe<Result>& g_rows, const Maybe<Result>& g_cols, const Maybe<Result>& scaled, const Maybe<Floats>& about,
-          uintptr_t stream) {
+          const Maybe<Result>& g_rows, const Maybe<Result>& g_cols, const Maybe<Result>& scaled,
+          const Maybe<Floats>& about, uintptr_t stream) {
   require(!p.block.triangular, "G is made of rectangles");
   const flashcl::GradArgs args{p.block, side(p, p.rows(), row_weight, row_lse, row_range, row_offset),
                                side(p, p.cols(), col_weight, col_lse, col_range, col_offset),
@@ -231,23 +239,27 @@ void grad(const Problem& p, const Coefficients& row_weight, const Coefficients& 
 void sigmoid(const Problem& p, const Floats& weight, const Result& softplus, const G& g, const Maybe<Floats>& lift,
              const Maybe<Result>& g_rows, const Maybe<Result>& g_cols, const Maybe<Result>& scaled, uintptr_t stream) {
   require(!p.block.triangular && p.classes() == 1, "the sum of softplus has rectangles of one class");
-  const flashcl::SigmoidArgs args{p.block, p.reader(weight, p.rows(), "weight"), sums(p, g_rows, g_cols, softplus, scaled, {}),
-                                  output(p, g, lift)};
+  const flashcl::SigmoidArgs args{p.block, p.reader(weight, p.rows(), "weight"),
+                                  sums(p, g_rows, g_cols, softplus, scaled, {}), output(p, g, lift)};
   call(args, p.on_cpu(), stream, flashcl::emulate_sigmoid, flashcl::launch_sigmoid);
 }
 
 using Statistics = nb::ndarray<float, nb::ndim<3>>;
 
 void fold(const Array<const float>& sums, const Statistics& out, uintptr_t stream) {
-  require(sums.ndim() == 4 && sums.shape(0) == out.shape(0) && sums.shape(1) == 2 && out.shape(1) == 2, "sums must be (K, 2, T, n)");
-  require(sums.shape(3) >= out.shape(2) && out.stride(2) == 1 && out.stride(0) == 2 * out.stride(1), "out must be (K, 2, n)");
+  require(sums.ndim() == 4 && sums.shape(0) == out.shape(0) && sums.shape(1) == 2 && out.shape(1) == 2,
+          "sums must be (K, 2, T, n)");
+  require(sums.shape(3) >= out.shape(2) && out.stride(2) == 1 && out.stride(0) == 2 * out.stride(1),
+          "out must be (K, 2, n)");
   require(sums.device_type() == out.device_type() && sums.device_id() == out.device_id(), "out is on another device");
-  const flashcl::FoldArgs args{sums.data(),           out.data(),         int(out.shape(0)), int(sums.shape(2)),
-                               int(out.shape(2)), int64_t(sums.shape(3)), out.stride(1)};
-  if (args.n > 0) call(args, out.device_type() == nb::device::cpu::value, stream, flashcl::emulate_fold, flashcl::launch_fold);
+  const flashcl::FoldArgs args{sums.data(),        out.data(),        int(out.shape(0)),
+                               int(sums.shape(2)), int(out.shape(2)), int64_t(sums.shape(3)),
+                               out.stride(1)};
+  if (args.n > 0)
+    call(args, out.device_type() == nb::device::cpu::value, stream, flashcl::emulate_fold, flashcl::launch_fold);
 }
 
-// ---- for the tests ---------------------------------------------------------------------------------------------------
+// ---- for the tests ----
 
 // The tiles (unit, rank, n, m, wanted) of a walk over n x m tiles, in order.
 nb::list schedule(int tiles_n, int tiles_m, bool triangular) {
@@ -279,26 +291,29 @@ nb::list fragment() {
 NB_MODULE(_C, m) {
   m.doc() = "CUDA kernels of flashcl.";
   m.def("build_info", &build_info, "What this binary was built with: nvcc, architectures, compiler, nanobind, abi.");
-  m.def("resources", [] { return flashcl::resources; }, "A line for each kernel: its mangled name, and what ptxas gave it.");
+  m.def(
+      "resources", [] { return flashcl::resources; },
+      "A line for each kernel: its mangled name, and what ptxas gave it.");
   m.def("device_count", &flashcl::device_count, "Number of GPUs; 0 without a GPU or a usable driver.");
   m.def("device_status", &flashcl::device_status, "Why device_count() is 0, as the CUDA runtime says it.");
 
   const auto none = nb::none();
   nb::class_<Problem>(m, "Block", "A block of logits (csrc/block.h). Holds pointers only: keep the tensors alive.")
-      .def("__init__",
-           [](Problem* self, Matrix x, Matrix y, Floats logit_scale, Maybe<Floats> row_bias, Maybe<Floats> col_bias,
-              Maybe<Ints> row_id, Maybe<Ints> col_id, Maybe<Ints> row_range, Maybe<Ints> col_range, Maybe<Ints> row_label,
-              Maybe<Ints> col_label, bool triangular) {
-             new (self) Problem(problem(x, y, logit_scale, row_bias, col_bias, row_id, col_id, row_range, col_range, row_label,
-                                        col_label, triangular));
-           },
-           "x"_a.noconvert(), "y"_a.noconvert(), "logit_scale"_a.noconvert(), "row_bias"_a.noconvert() = none,
-           "col_bias"_a.noconvert() = none, "row_id"_a.noconvert() = none, "col_id"_a.noconvert() = none,
-           "row_range"_a.noconvert() = none, "col_range"_a.noconvert() = none, "row_label"_a.noconvert() = none,
-           "col_label"_a.noconvert() = none, "triangular"_a = false);
+      .def(
+          "__init__",
+          [](Problem* self, Matrix x, Matrix y, Floats logit_scale, Maybe<Floats> row_bias, Maybe<Floats> col_bias,
+             Maybe<Ints> row_id, Maybe<Ints> col_id, Maybe<Ints> row_range, Maybe<Ints> col_range,
+             Maybe<Ints> row_label, Maybe<Ints> col_label, bool triangular) {
+            new (self) Problem(problem(x, y, logit_scale, row_bias, col_bias, row_id, col_id, row_range, col_range,
+                                       row_label, col_label, triangular));
+          },
+          "x"_a.noconvert(), "y"_a.noconvert(), "logit_scale"_a.noconvert(), "row_bias"_a.noconvert() = none,
+          "col_bias"_a.noconvert() = none, "row_id"_a.noconvert() = none, "col_id"_a.noconvert() = none,
+          "row_range"_a.noconvert() = none, "col_range"_a.noconvert() = none, "row_label"_a.noconvert() = none,
+          "col_label"_a.noconvert() = none, "triangular"_a = false);
   m.def("sweep", &sweep, "block"_a, "row_sums"_a.noconvert(), "row_center"_a.noconvert() = none,
-        "row_deviation"_a.noconvert() = none, "col_sums"_a.noconvert() = none,
-        "col_center"_a.noconvert() = none, "col_deviation"_a.noconvert() = none, "stream"_a = 0, "Statistics of the rows and columns of every tile.");
+        "row_deviation"_a.noconvert() = none, "col_sums"_a.noconvert() = none, "col_center"_a.noconvert() = none,
+        "col_deviation"_a.noconvert() = none, "stream"_a = 0, "Statistics of the rows and columns of every tile.");
   m.def("grad", &grad, "block"_a, "row_weight"_a.noconvert(), "row_lse"_a.noconvert(), "row_range"_a.noconvert(),
         "row_offset"_a.noconvert() = none, "col_weight"_a.noconvert() = none, "col_lse"_a.noconvert() = none,
         "col_range"_a.noconvert() = none, "col_offset"_a.noconvert() = none, "g"_a.noconvert() = none,
@@ -307,12 +322,25 @@ NB_MODULE(_C, m) {
   m.def("sigmoid", &sigmoid, "block"_a, "weight"_a.noconvert(), "softplus"_a.noconvert(), "g"_a.noconvert() = none,
         "lift"_a.noconvert() = none, "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none,
         "scaled"_a.noconvert() = none, "stream"_a = 0, "Sums of softplus, G of a block and sums of it.");
-  m.def("fold", &fold, "sums"_a.noconvert(), "out"_a.noconvert(), "stream"_a = 0, "Merges the statistics of tiles into out.");
+  m.def("fold", &fold, "sums"_a.noconvert(), "out"_a.noconvert(), "stream"_a = 0,
+        "Merges the statistics of tiles into out.");
 
   m.attr("TILE") = TILE;
   m.def("schedule", &schedule, "tiles_n"_a, "tiles_m"_a, "triangular"_a, "For tests: the walk over the tiles.");
   m.def("fragment", &fragment, "For tests: where every accumulator of a tile is.");
 #if FLASHCL_SM90
+  m.def(
+      "shared_memory",
+      [] {
+        nb::dict out;
+        out["sweep"] = flashcl::shared_memory_of_sweep(false);
+        out["sweep by label"] = flashcl::shared_memory_of_sweep(true);
+        out["grad"] = flashcl::shared_memory_of_grad(false);
+        out["grad by label"] = flashcl::shared_memory_of_grad(true);
+        out["sigmoid"] = flashcl::shared_memory_of_sigmoid();
+        return out;
+      },
+      "For tests: bytes of shared memory of a CTA of each kernel.");
   m.def("fragment_is_right", &flashcl::fragment_is_right, "For tests: whether CuTe agrees with fragment().");
 #endif
 }

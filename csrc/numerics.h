@@ -5,13 +5,14 @@
 
 namespace flashcl {
 
-// With one top for the rows and columns of a warp, terms exp(s - top) below 2^-126 are lost, at most 2^7 of them in a line:
-// less than 2^-119 together. A total above TINY has thus lost less than 2^-29 of itself, a sixteenth of a rounding error.
+// With one top for the rows and columns of a warp, terms exp(s - top) below 2^-126 are lost, at most 2^7 of them in a
+// line: less than 2^-119 together. A total above TINY has thus lost less than 2^-29 of itself, a sixteenth of a
+// rounding error.
 constexpr float TINY = 0x1p-90f;
 
-// Where the log-sum-exps of a tile lie within SPREAD of each other, e = exp(s - lowest) serves its rows and its columns.
-// Overflow would allow 80; but s - lowest is rounded by up to half a unit in the last place of the spread, which at 8 is
-// 5e-7 of the result.
+// Where the log-sum-exps of a tile lie within SPREAD of each other, e = exp(s - lowest) serves its rows and its
+// columns. Overflow would allow 80; but s - lowest is rounded by up to half a unit in the last place of the spread,
+// which at 8 is 5e-7 of the result.
 constexpr float SPREAD = 8.0f;
 
 // A shift that is always finite: exp(-inf - 0) = 0 and exp(inf - 0) = inf is what the totals should have.
@@ -21,7 +22,8 @@ FLASHCL_LANE typename W::F or_zero(typename W::F top) {
   return W::select(W::abs(top) < F(INF), top, F(0.0f));
 }
 
-// log(1 + e) for 0 <= e <= 1, relative error below 2e-7: minimax polynomial of log1p(e) / e, no cancellation at small e.
+// log(1 + e) for 0 <= e <= 1, relative error below 2e-7: minimax polynomial of log1p(e) / e, no cancellation at small
+// e.
 template <class W>
 FLASHCL_LANE typename W::F log1p(typename W::F e) {
   using F = typename W::F;
@@ -57,7 +59,8 @@ struct SharedShift {
 
 // `row` and `col` are the smallest log-sum-exp of a tile's lines and the largest finite one.
 FLASHCL_BOTH SharedShift shared_shift(const float* row, const float* col) {
-  const bool safe = row[1] - row[0] < SPREAD && row[1] - col[0] < SPREAD && col[1] - row[0] < SPREAD && col[1] - col[0] < SPREAD;
+  const bool safe =
+      row[1] - row[0] < SPREAD && row[1] - col[0] < SPREAD && col[1] - row[0] < SPREAD && col[1] - col[0] < SPREAD;
   const float low = row[0] < col[0] ? row[0] : col[0];
   return {safe, low < INF ? low : 0.0f};  // of lines without pairs any low will do
 }

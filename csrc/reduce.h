@@ -35,16 +35,20 @@ FLASHCL_LANE typename W::F warp_max(typename W::F x) {
 
 struct Add {
   template <class W>
-  static FLASHCL_LANE typename W::F of(typename W::F x, typename W::F y) { return x + y; }
+  static FLASHCL_LANE typename W::F of(typename W::F x, typename W::F y) {
+    return x + y;
+  }
 };
 struct Max {
   template <class W>
-  static FLASHCL_LANE typename W::F of(typename W::F x, typename W::F y) { return W::max(x, y); }
+  static FLASHCL_LANE typename W::F of(typename W::F x, typename W::F y) {
+    return W::max(x, y);
+  }
 };
 
-// The 8 columns of a chunk that a lane meets, over the 8 lanes that meet them: 7 shuffles where one column after the other
-// would take 24. In each of 3 steps a lane gives away half of its columns and keeps the other half: lane l ends with
-// column q = l / 4.
+// The 8 columns of a chunk that a lane meets, over the 8 lanes that meet them: 7 shuffles where one column after the
+// other would take 24. In each of 3 steps a lane gives away half of its columns and keeps the other half: lane l ends
+// with column q = l / 4.
 template <class W, class Op>
 FLASHCL_LANE typename W::F butterfly(typename W::F (&col)[Fragment::COLS], typename W::I lane) {
   FLASHCL_UNROLL
@@ -52,7 +56,8 @@ FLASHCL_LANE typename W::F butterfly(typename W::F (&col)[Fragment::COLS], typen
     const typename W::B upper = (lane / (4 * half)) % 2 != typename W::I(0);
     FLASHCL_UNROLL
     for (int q = 0; q < half; ++q) {
-      const typename W::F mine = W::select(upper, col[q + half], col[q]), theirs = W::select(upper, col[q], col[q + half]);
+      const typename W::F mine = W::select(upper, col[q + half], col[q]),
+                          theirs = W::select(upper, col[q], col[q + half]);
       col[q] = Op::template of<W>(mine, W::shuffle_xor(theirs, 4 * half));
     }
   }

@@ -13,7 +13,10 @@ using Kernel = TilesKernel<Element, SigmoidArgs, Sigmoid<Thread, Different>, tru
 
 int launch_sigmoid(const SigmoidArgs& args, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  return args.block.half ? launch_tiles<Kernel<cutlass::half_t>>(args, s) : launch_tiles<Kernel<cutlass::bfloat16_t>>(args, s);
+  return args.block.half ? launch_tiles<Kernel<cutlass::half_t>>(args, s)
+                         : launch_tiles<Kernel<cutlass::bfloat16_t>>(args, s);
 }
+
+int shared_memory_of_sigmoid() { return sizeof(Kernel<cutlass::bfloat16_t>::Shared); }
 
 }  // namespace flashcl

@@ -1,8 +1,8 @@
 // The statistics of one tile of S: top and total of its rows and columns, for every class of pairs.
 //
-// A warp holds 32 rows of the tile. It first takes one top for all of them and one exp per logit, e = exp(s - top), whose
-// sums along the rows and along the columns are the totals. Where a total comes near the smallest numbers (or is not
-// finite) every line gets a top of its own instead. Rows are then finished; columns are merged over the 4 warps.
+// A warp holds 32 rows of the tile. It first takes one top for all of them and one exp per logit, e = exp(s - top),
+// whose sums along the rows and along the columns are the totals. Where a total comes near the smallest numbers (or is
+// not finite) every line gets a top of its own instead. Rows are then finished; columns are merged over the 4 warps.
 #pragma once
 
 #include "logits.h"
@@ -30,9 +30,10 @@ class Sweep {
     float top[K][4][TILE], total[K][4][TILE], deviation[K == 2 ? 4 : 1][TILE];  // by the warps
   };
 
-  FLASHCL_LANE Sweep(const SweepArgs& args, Seat<W> seat, Shared& shared) : a_(args), seat_(seat), tile_(seat.tile), s_(shared) {
-    // Line i of a triangular block meets tile t as a row where t is on its right, as a column (of the tile above) where t
-    // is on its left: every place (t, i) of the array that they share is written once, the diagonal by its rows.
+  FLASHCL_LANE Sweep(const SweepArgs& args, Seat<W> seat, Shared& shared)
+      : a_(args), seat_(seat), tile_(seat.tile), s_(shared) {
+    // Line i of a triangular block meets tile t as a row where t is on its right, as a column (of the tile above) where
+    // t is on its left: every place (t, i) of the array that they share is written once, the diagonal by its rows.
     cols_ = a_.col.sums && !(a_.block.triangular && tile_.n == tile_.m);
   }
 
@@ -121,8 +122,8 @@ class Sweep {
     return logit<W>(acc[Fragment::place(r, chunk, q)], *a_.block.logit_scale, row_bias_.at[r], bias);
   }
 
-  // The logit of a pair of the class at hand, else -inf. With two classes acc keeps the products: there are not registers
-  // enough for logits beside them, and the compiler does not see that they need not be beside them.
+  // The logit of a pair of the class at hand, else -inf. With two classes acc keeps the products: there are not
+  // registers enough for logits beside them, and the compiler does not see that they need not be beside them.
   template <class Acc>
   FLASHCL_LANE F member(const Acc& acc, int r, int chunk, int q) const {
     const int i = Fragment::place(r, chunk, q);
@@ -183,7 +184,8 @@ class Sweep {
     return W::select((total == F(0.0f)) & B(k == 1), F(-INF), top);
   }
 
-  // Statistics of class k, every line with its own top: right for any logits. Columns one by one, to need few registers.
+  // Statistics of class k, every line with its own top: right for any logits. Columns one by one, to need few
+  // registers.
   template <class Acc>
   FLASHCL_LANE void own_tops(const Acc& acc, int k) {
     FLASHCL_UNROLL
@@ -214,8 +216,7 @@ class Sweep {
         for (int mask = 4; mask <= 16; mask *= 2) top[q] = W::max(top[q], W::shuffle_xor(top[q], mask));
         total[q] = F(0.0f);
         FLASHCL_UNROLL
-        for (int r = 0; r < R; ++r)
-          total[q] += W::exp(member(acc, r, chunk, q) - or_zero<W>(top[q]));
+        for (int r = 0; r < R; ++r) total[q] += W::exp(member(acc, r, chunk, q) - or_zero<W>(top[q]));
       }
       const F sum = butterfly<W, Add>(total, seat_.lane), highest = butterfly<W, Max>(top, seat_.lane);
       store_col(k, chunk, highest, sum);

@@ -23,4 +23,9 @@ int launch_sweep(const SweepArgs& args, void* stream) {
 
 bool fragment_is_right() { return fragment_is_right<Kernel<cutlass::bfloat16_t, Different>>(); }
 
+int shared_memory_of_sweep(bool by_label) {
+  return by_label ? sizeof(Kernel<cutlass::bfloat16_t, ByLabel>::Shared)
+                  : sizeof(Kernel<cutlass::bfloat16_t, Different>::Shared);
+}
+
 }  // namespace flashcl

@@ -5,12 +5,13 @@
 
 namespace flashcl {
 
-// Rows and columns of a tile. 128 x 128 accumulators are 128 registers in each of the 128 threads of a warpgroup; 128 x 192
-// would leave 40 for an epilogue with coefficients of rows and columns.
+// Rows and columns of a tile. 128 x 128 accumulators are 128 registers in each of the 128 threads of a warpgroup; 128 x
+// 192 would leave 40 for an epilogue with coefficients of rows and columns.
 constexpr int TILE = 128;
 
-// A cluster is 2 x 2 CTAs with a tile each: pieces of x come from L2 once for the two beside each other, those of y once for the
-// two below each other. That is 128 FLOP per byte where 2 x 1 has 85 and a tile alone 64: what L2 delivers is the limit here.
+// A cluster is 2 x 2 CTAs with a tile each: pieces of x come from L2 once for the two beside each other, those of y
+// once for the two below each other. That is 128 FLOP per byte where 2 x 1 has 85 and a tile alone 64: what L2 delivers
+// is the limit here.
 constexpr int CLUSTER = 2;
 
 // Rows of clusters that run together: 4 x 256 rows of x stay in L2 while y passes by.
@@ -39,8 +40,8 @@ FLASHCL_BOTH Place folded(int u, int size, int group) {
   return {size - 1 + odd - at.n, at.m - 1 + odd};
 }
 
-// The work of a launch. A unit is what a cluster does at a time, CLUSTER x CLUSTER tiles. Units number far less than 2^31:
-// blocks are bounded by the workspace.
+// The work of a launch. A unit is what a cluster does at a time, CLUSTER x CLUSTER tiles. Units number far less than
+// 2^31: blocks are bounded by the workspace.
 struct Schedule {
   int tiles_n, tiles_m;
   bool triangular;  // only the tiles on and above the diagonal
@@ -68,8 +69,8 @@ struct Schedule {
 //
 //     row 64 b + 16 w + 8 h + l / 4,   column 8 j + 2 (l % 4) + e      at place 64 b + 4 j + 2 h + e.
 //
-// A lane meets 4 rows, r = 2 b + h, and 32 columns; a row lies in the 4 lanes of a quad, a column in 8 lanes of 4 warps.
-// Columns are walked in 4 chunks of 32, of which a lane meets 8: q = 0..7, j = 4 chunk + q / 2, e = q % 2.
+// A lane meets 4 rows, r = 2 b + h, and 32 columns; a row lies in the 4 lanes of a quad, a column in 8 lanes of 4
+// warps. Columns are walked in 4 chunks of 32, of which a lane meets 8: q = 0..7, j = 4 chunk + q / 2, e = q % 2.
 struct Fragment {
   static constexpr int PLACES = 128, ROWS = 4, CHUNKS = 4, COLS = 8;
 
@@ -77,13 +78,17 @@ struct Fragment {
     return 64 * (r / 2) + 4 * (4 * chunk + q / 2) + 2 * (r % 2) + q % 2;
   }
   template <class I>
-  static FLASHCL_BOTH I row(int warp, I lane, int r) { return I(64 * (r / 2) + 16 * warp + 8 * (r % 2)) + lane / 4; }
+  static FLASHCL_BOTH I row(int warp, I lane, int r) {
+    return I(64 * (r / 2) + 16 * warp + 8 * (r % 2)) + lane / 4;
+  }
   template <class I>
-  static FLASHCL_BOTH I col(I lane, int chunk, int q) { return I(32 * chunk + 8 * (q / 2) + q % 2) + I(2) * (lane % 4); }
+  static FLASHCL_BOTH I col(I lane, int chunk, int q) {
+    return I(32 * chunk + 8 * (q / 2) + q % 2) + I(2) * (lane % 4);
+  }
 };
 
-// A lane of a warpgroup that works on a tile. `lane` is read anew for every tile: were it the same to the compiler, it would
-// compute the addresses of all 128 places once and keep them beside the accumulators, in memory.
+// A lane of a warpgroup that works on a tile. `lane` is read anew for every tile: were it the same to the compiler, it
+// would compute the addresses of all 128 places once and keep them beside the accumulators, in memory.
 template <class W>
 struct Seat {
   Place tile;
@@ -92,7 +97,9 @@ struct Seat {
 
   FLASHCL_LANE typename W::I row(int r) const { return Fragment::row(warp, lane, r); }
   FLASHCL_LANE typename W::I col(int chunk, int q) const { return Fragment::col(lane, chunk, q); }
-  FLASHCL_LANE typename W::I own_col() const { return lane + typename W::I(32 * warp); }  // one of the TILE columns each
+  FLASHCL_LANE typename W::I own_col() const {
+    return lane + typename W::I(32 * warp);
+  }  // one of the TILE columns each
   FLASHCL_LANE typename W::B writes_row() const { return lane % 4 == typename W::I(0); }  // one lane of a quad
 };
 

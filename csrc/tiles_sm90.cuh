@@ -1,8 +1,10 @@
-// Walks the tiles of S = X Y^T on Hopper: TMA and wgmma by CUTLASS's own mainloop, what becomes of a tile by an Epilogue.
+// Walks the tiles of S = X Y^T on Hopper: TMA and wgmma by CUTLASS's own mainloop, what becomes of a tile by an
+// Epilogue.
 //
-// A CTA has three warpgroups. One warp of the first is the producer: it asks the copy engine for pieces of x and y, STAGES of
-// them in flight. The other two are consumers that take turns, each with a whole tile of its own: while one multiplies, the
-// other one runs its epilogue. CTAs are persistent, as many as the GPU holds, in clusters of 2 x 2 that share x and y.
+// A CTA has three warpgroups. One warp of the first is the producer: it asks the copy engine for pieces of x and y,
+// STAGES of them in flight. The other two are consumers that take turns, each with a whole tile of its own: while one
+// multiplies, the other one runs its epilogue. CTAs are persistent, as many as the GPU holds, in clusters of 2 x 2 that
+// share x and y.
 //
 // An epilogue (sweep.h, grad.h, sigmoid.h) is three steps, with a barrier of its warpgroup after each of the first two:
 //     load     before the product is there: coefficients to shared memory
@@ -11,6 +13,8 @@
 #pragma once
 
 #include <cuda_runtime.h>
+
+#include <algorithm>
 
 #include <cute/tensor.hpp>
 #include <cutlass/arch/barrier.h>
@@ -35,7 +39,8 @@ static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS == 3 * 168);
 
 template <class Element, class Args, class Epilogue, bool WRITES_G>
 struct TilesKernel {
-  using TileShape = Shape<Int<TILE>, Int<TILE>, _64>;  // 64 of D in a step: 128 bytes, the widest swizzle of shared memory
+  // 64 of D in a step: 128 bytes, the widest swizzle of shared memory.
+  using TileShape = Shape<Int<TILE>, Int<TILE>, _64>;
   using Cluster = Shape<Int<CLUSTER>, Int<CLUSTER>, _1>;
   // A stage is 32 KiB: 6 of them, or 4 beside the two tiles of G on their way out, fit the 227 KiB of a CTA.
   static constexpr int STAGES = WRITES_G ? 4 : 6;
@@ -44,8 +49,9 @@ struct TilesKernel {
   using TiledMma = decltype(make_tiled_mma(
       GMMA::ss_op_selector<Element, Element, float, TileShape, GMMA::Major::K, GMMA::Major::K>()));
   using Swizzled = GMMA::Layout_K_SW128_Atom<Element>;
+  using Pingpong = cutlass::gemm::KernelTmaWarpSpecializedPingpong;
   using Mainloop = cutlass::gemm::collective::CollectiveMma<
-      cutlass::gemm::MainloopSm90TmaGmmaWarpSpecialized<STAGES, Cluster, cutlass::gemm::KernelTmaWarpSpecializedPingpong>,
+      cutlass::gemm::MainloopSm90TmaGmmaWarpSpecialized<STAGES, Cluster, Pingpong>,
       TileShape, Element, Operand, Element, Operand, TiledMma,
       SM90_TMA_LOAD_MULTICAST, Swizzled, void, identity,   // each CTA loads half of its x and gives it to the one beside it
       SM90_TMA_LOAD_MULTICAST, Swizzled, void, identity>;  // and half of its y, for the one below
@@ -53,7 +59,8 @@ struct TilesKernel {
   using Order = cutlass::OrderedSequenceBarrier<1, 2>;
 
   using GLayout = decltype(tile_to_shape(Swizzled{}, Shape<Int<TILE>, Int<TILE>>{}));
-  using GTensor = decltype(make_tensor(make_gmem_ptr<Element>(nullptr), make_shape(0, 0), make_stride(int64_t{}, _1{})));
+  using GMemory = decltype(make_layout(make_shape(0, 0), make_stride(int64_t{}, _1{})));
+  using GTensor = decltype(make_tensor(make_gmem_ptr<Element>(nullptr), GMemory{}));
   using GStore = decltype(make_tma_copy(SM90_TMA_STORE{}, GTensor{}, GLayout{}));
 
   struct GTile {
@@ -82,8 +89,8 @@ struct TilesKernel {
                           Layout<Shape<Shape<_2, _2, _16>, _2, _1>, Stride<Stride<_1, _2, _4>, _64, _0>>>);
 
   static CUTLASS_DEVICE void run(const Params& params, Shared& shared) {
-    const int group = cutlass::canonical_warp_group_idx(), thread = threadIdx.x % 128, warp = cutlass::canonical_warp_idx_sync();
-    const bool produces = warp == 0;
+    const int group = cutlass::canonical_warp_group_idx(), thread = threadIdx.x % 128;
+    const bool produces = cutlass::canonical_warp_idx_sync() == 0;
 
     if (produces && elect_one_sync()) {
       Mainloop::prefetch_tma_descriptors(params.mainloop);
@@ -134,15 +141,18 @@ struct TilesKernel {
   }
 
   // A warpgroup: every other tile of this CTA.
-  static CUTLASS_DEVICE void consume(const Params& params, Shared& shared, Pipeline& pipeline, Order& order, int turn, int thread) {
+  static CUTLASS_DEVICE void consume(const Params& params, Shared& shared, Pipeline& pipeline, Order& order, int turn,
+                                     int thread) {
     const Block& block = params.args.block;
-    const int units = block.schedule().units(), steps = ceil_div(block.D, size<2>(TileShape{})), rank = block_rank_in_cluster();
+    const int units = block.schedule().units(), rank = block_rank_in_cluster();
+    const int steps = ceil_div(block.D, size<2>(TileShape{}));
     Mainloop mainloop;
     typename Mainloop::PipelineState state;
     state.advance(turn * steps);
     for (int unit = cluster() + turn * clusters(); unit < units; unit += 2 * clusters()) {
       // Anew for every tile: reciprocals of these sizes would be kept beside the accumulators.
-      const Schedule schedule = Block::schedule(Thread::forgotten(block.N), Thread::forgotten(block.M), block.triangular);
+      const int N = Thread::forgotten(block.N), M = Thread::forgotten(block.M);
+      const Schedule schedule = Block::schedule(N, M, block.triangular);
       const Place tile = schedule.at(unit, rank);
       const bool wanted = schedule.wanted(tile);
       Epilogue epilogue(params.args, {tile, thread / 32}, shared.epilogue[turn]);
@@ -207,24 +217,21 @@ struct TilesKernel {
     tma_store_arrive();
   }
 
-  // ---- on the host -----------------------------------------------------------------------------------------------------
+  // ---- on the host ----
 
   static Params parameters(const Args& args) {
     const Block& b = args.block;
     Params params;
     params.args = args;
-    params.mainloop = Mainloop::to_underlying_arguments(
-        make_shape(b.N, b.M, b.D, 1),
-        {static_cast<const Element*>(b.x), {b.x_stride, _1{}, 0}, static_cast<const Element*>(b.y), {b.y_stride, _1{}, 0}},
-        nullptr);
+    const auto *x = static_cast<const Element*>(b.x), *y = static_cast<const Element*>(b.y);
+    const typename Mainloop::Arguments operands{x, {b.x_stride, _1{}, 0}, y, {b.y_stride, _1{}, 0}};
+    params.mainloop = Mainloop::to_underlying_arguments(make_shape(b.N, b.M, b.D, 1), operands, nullptr);
     if constexpr (WRITES_G) {
       if (args.out.g) {
         const Schedule s = b.schedule();
-        params.store = make_tma_copy(
-            SM90_TMA_STORE{},
-            make_tensor(make_gmem_ptr(static_cast<Element*>(args.out.g)),
-                        make_layout(make_shape(s.tiles_n * TILE, s.tiles_m * TILE), make_stride(args.out.stride, _1{}))),
-            GLayout{});
+        const GMemory memory(make_shape(s.tiles_n * TILE, s.tiles_m * TILE), make_stride(args.out.stride, _1{}));
+        const auto g = make_tensor(make_gmem_ptr(static_cast<Element*>(args.out.g)), memory);
+        params.store = make_tma_copy(SM90_TMA_STORE{}, g, GLayout{});
       }
     }
     return params;
@@ -259,14 +266,15 @@ bool fragment_is_right() {
 template <class Kernel, class Args>
 cudaError_t launch_tiles(const Args& args, cudaStream_t stream) {
   constexpr int bytes = sizeof(typename Kernel::Shared);
-  if (cudaError_t error = cudaFuncSetAttribute(tiles<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
+  constexpr auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+  if (cudaError_t error = cudaFuncSetAttribute(tiles<Kernel>, limit, bytes)) return error;
 
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {CLUSTER, CLUSTER, 1};
   cudaLaunchConfig_t config{dim3(CLUSTER, CLUSTER), dim3(THREADS), size_t(bytes), stream, &cluster, 1};
-  // Not processors / 4: a part of the GPU whose processors are no multiple of 4 leaves some idle, and a cluster too many would
-  // begin its share of the units when all others are done.
+  // Not processors / 4: a part of the GPU whose processors are no multiple of 4 leaves some idle, and a cluster too
+  // many would begin its share of the units when all others are done.
   int fitting;
   if (cudaError_t error = cudaOccupancyMaxActiveClusters(&fitting, tiles<Kernel>, &config)) return error;
   config.gridDim.x = CLUSTER * std::max(1, std::min(args.block.schedule().units(), fitting));

@@ -97,7 +97,9 @@ def test_a_thousand_times_the_same_bits(backend, program, triangular):
     first = everything(backend, p)
     different = torch.zeros((), dtype=torch.int64, device=DEVICE)
     for _ in range(1000):
-        different += sum((a.nan_to_num() != b.nan_to_num()).sum() for a, b in zip(everything(backend, p).values(), first.values()))
+        different += sum(
+            (a.nan_to_num() != b.nan_to_num()).sum() for a, b in zip(everything(backend, p).values(), first.values())
+        )
     assert different.item() == 0
 
 

@@ -19,12 +19,20 @@ from flashcl.engine.problem import CLASSES, LogSumExp, Problem, Sigmoid, Softmax
 
 TILE = _C.TILE
 DTYPES = [torch.bfloat16, torch.float16]
-SHAPES = [(1, 1, 1), (1, 200, 8), (130, 127, 5), (128, 128, 40), (300, 260, 72)]  # (N, M, D): 1 to 3 tiles, ragged or not
+SHAPES = [
+    (1, 1, 1),
+    (1, 200, 8),
+    (130, 127, 5),
+    (128, 128, 40),
+    (300, 260, 72),
+]  # (N, M, D): 1 to 3 tiles, ragged or not
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def problem(N, M, D, dtype=torch.bfloat16, program="all", *, scale=0.5, bias=False, triangular=False, seed=0, classes=4):
+def problem(
+    N, M, D, dtype=torch.bfloat16, program="all", *, scale=0.5, bias=False, triangular=False, seed=0, classes=4
+):
     g = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -97,7 +105,9 @@ def assert_close(out, ref, tolerance, what="", relative=True):
     assert out.shape == ref.shape, what
     assert torch.equal(out.isnan(), ref.isnan()), f"{what}: NaN elsewhere than in the reference"
     infinite = ref.isinf()
-    assert torch.equal(out.isinf(), infinite) and torch.equal(out[infinite].sign(), ref[infinite].to(out.dtype).sign()), what
+    assert torch.equal(out.isinf(), infinite) and torch.equal(
+        out[infinite].sign(), ref[infinite].to(out.dtype).sign()
+    ), what
     finite = ref.isfinite()
     if finite.any():
         error = (out.double() - ref)[finite].abs().max().item()
@@ -141,7 +151,9 @@ def check_grad(p, c, *, need_bias=False, tolerance=None, **options):
         assert not got.d_scale.isfinite()
     of_g = 2e-5 if exact else tolerance / 20  # before G is rounded
     for name, allowed in (("g_rows", of_g), ("g_cols", of_g), ("row_sum", 2e-6)):
-        assert (getattr(got, name) is None) == (name != "row_sum" and not need_bias or name == "row_sum" and isinstance(c, Softmax))
+        assert (getattr(got, name) is None) == (
+            name != "row_sum" and not need_bias or name == "row_sum" and isinstance(c, Softmax)
+        )
         if getattr(got, name) is not None:
             assert_close(getattr(got, name), getattr(ref, name), allowed, name)
     return got
@@ -167,7 +179,12 @@ def test_the_ctas_of_a_cluster_share_rows_and_columns(tiles_n, tiles_m, triangul
     for unit, square in enumerate(zip(*[iter(walk)] * 4)):
         n, m = square[0][2:4]
         assert n % 2 == m % 2 == 0
-        assert [tile[:4] for tile in square] == [(unit, 0, n, m), (unit, 1, n + 1, m), (unit, 2, n, m + 1), (unit, 3, n + 1, m + 1)]
+        assert [tile[:4] for tile in square] == [
+            (unit, 0, n, m),
+            (unit, 1, n + 1, m),
+            (unit, 2, n, m + 1),
+            (unit, 3, n + 1, m + 1),
+        ]
 
 
 def test_a_wave_shares_rows_and_columns():
@@ -224,7 +241,9 @@ def terms(p, c):
     g = torch.zeros_like(s)
     for k in range(p.classes):
         row, col = c.row_lse.value()[k, :, None], c.col_lse.value()[k]
-        g += c.row_weight[k, :, None].abs() * (s - row).exp().clamp(max=1) + c.col_weight[k].abs() * (s - col).exp().clamp(max=1)
+        g += c.row_weight[k, :, None].abs() * (s - row).exp().clamp(max=1) + c.col_weight[k].abs() * (
+            s - col
+        ).exp().clamp(max=1)
     return g @ q.y.abs(), g.T @ q.x.abs()
 
 
@@ -274,8 +293,16 @@ def test_strides():
     """Transposed, sliced, shifted and broadcast inputs are what their elements are."""
     base = problem(40, 50, 24, program="different")
     wide = torch.randn(40, 80).bfloat16()
-    views = [torch.randn(24, 40).bfloat16().T, wide[:, 3:27], wide[:, ::2][:, :24], wide[:1, :24].expand(40, 24), wide[:, 16:40]]
-    assert backend._aligned(views[-1]) is not views[-1] and backend._aligned(views[-1]).data_ptr() == views[-1].data_ptr()
+    views = [
+        torch.randn(24, 40).bfloat16().T,
+        wide[:, 3:27],
+        wide[:, ::2][:, :24],
+        wide[:1, :24].expand(40, 24),
+        wide[:, 16:40],
+    ]
+    assert (
+        backend._aligned(views[-1]) is not views[-1] and backend._aligned(views[-1]).data_ptr() == views[-1].data_ptr()
+    )
     for x in views:
         p = dataclasses.replace(base, x=x, rows=(torch.arange(80)[::2],))
         check_sweep(p)
@@ -412,7 +439,9 @@ def test_deviations_of_the_positives_from_a_center(workspace):
         p = problem(N, M, 16, program="by_label", triangular=N == M, scale=300.0)
         s = p.x.double() @ p.y.double().T * 300
         positive = (p.rows[1][:, None] == p.cols[1]) & (p.rows[0][:, None] != p.cols[0])
-        center, col_center = ((s.masked_fill(~positive, 0).sum(k) / positive.sum(k).clamp(min=1)).float() for k in (1, 0))
+        center, col_center = (
+            (s.masked_fill(~positive, 0).sum(k) / positive.sum(k).clamp(min=1)).float() for k in (1, 0)
+        )
         p = dataclasses.replace(p, center=center, col_center=None if p.triangular else col_center)
         got, ref = check_sweep(p, workspace=workspace)
         assert got.deviation.dtype == torch.float64 and (got.col_deviation is None) == p.triangular

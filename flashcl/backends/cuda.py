@@ -82,7 +82,9 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool = False, workspace: int = W
                 if total is not None:
                     total[at] += lines.deviation.sum(0, dtype=torch.float64)[: at.stop - at.start]
     has_cols = need_cols and not p.triangular
-    return Statistics(_log_sum_exp(row), _log_sum_exp(col) if has_cols else None, deviation, None if p.triangular else col_deviation)
+    return Statistics(
+        _log_sum_exp(row), _log_sum_exp(col) if has_cols else None, deviation, None if p.triangular else col_deviation
+    )
 
 
 class _Lines(NamedTuple):
@@ -163,7 +165,7 @@ def grad(
             shape = _whole(i), _whole(j)
             buffer = torch.empty(math.prod(shape), dtype=a.x.dtype, device=p.x.device) if buffer is None else buffer
             g = buffer[: math.prod(shape)].view(shape)
-        sums = _tile_sums(p, i, j, need_bias=need_bias, need_scale=need_scale)
+        sums = _tile_sums(p, i, j, need_bias=need_bias, need_softplus=row_sum is not None, need_scale=need_scale)
         with _on(p.x.device) as stream:
             _launch(a.block(i, j), c, row.at(i), col and col.at(j), sums, g, lift, stream)
 
@@ -232,11 +234,11 @@ class _TileSums(NamedTuple):
 
     g_rows: Tensor | None  # (tiles_m, N)
     g_cols: Tensor | None  # (tiles_n, M)
-    softplus: Tensor  # (tiles_m, N)
+    softplus: Tensor | None  # (tiles_m, N)
     scaled: Tensor | None  # (tiles_n, tiles_m)
 
 
-def _tile_sums(p: Problem, i: slice, j: slice, *, need_bias: bool, need_scale: bool) -> _TileSums:
+def _tile_sums(p: Problem, i: slice, j: slice, *, need_bias: bool, need_softplus: bool, need_scale: bool) -> _TileSums:
     def room(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, device=p.x.device) if wanted else None
 
@@ -244,12 +246,14 @@ def _tile_sums(p: Problem, i: slice, j: slice, *, need_bias: bool, need_scale: b
     return _TileSums(
         room(need_bias, *along_rows),
         room(need_bias, *along_cols),
-        room(True, *along_rows),
+        room(need_softplus, *along_rows),
         room(need_scale, _tiles(i), _tiles(j)),
     )
 
 
-def _launch(block, c, row: _Side, col: _Side | None, sums: _TileSums, g: Tensor | None, lift: Tensor | None, stream) -> None:
+def _launch(
+    block, c, row: _Side, col: _Side | None, sums: _TileSums, g: Tensor | None, lift: Tensor | None, stream
+) -> None:
     of_g = dict(g=g, lift=lift, g_rows=sums.g_rows, g_cols=sums.g_cols, scaled=sums.scaled, stream=stream)
     if isinstance(c, Sigmoid):
         _C.sigmoid(block, row.weight, sums.softplus, **of_g)
@@ -302,7 +306,9 @@ class _Arguments(NamedTuple):
             cuts = start, start // _C.TILE, start
             return {f"{side}_{name}": v[cut:] for name, v, cut in zip(("id", "range", "label"), ids, cuts)}
 
-        row_bias, col_bias = (None if b is None else b[at.start :] for b, at in ((self.row_bias, i), (self.col_bias, j)))
+        row_bias, col_bias = (
+            None if b is None else b[at.start :] for b, at in ((self.row_bias, i), (self.col_bias, j))
+        )
         ids = vectors("row", self.rows, i.start) | vectors("col", self.cols, j.start)
         return _C.Block(self.x[i], self.y[j], self.logit_scale, row_bias, col_bias, **ids, triangular=triangular)
 
