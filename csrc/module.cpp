@@ -110,11 +110,14 @@ bool is(const Matrix& x, nb::dlpack::dtype_code code) {
   return x.dtype().code == uint8_t(code) && x.dtype().bits == 16;
 }
 
+// From one row to the next. DLPack may say 1 where there is one row.
+int64_t row_stride(const Matrix& x) { return x.shape(0) > 1 ? x.stride(0) : int64_t(x.shape(1)); }
+
 void check_operand(const Matrix& x, const char* name) {
   const std::string who = name;
   require(x.shape(0) > 0 && x.shape(0) < (1u << 31) - TILE, who + " must have rows, fewer than 2^31");
   require(x.shape(1) > 0 && x.shape(1) % 8 == 0, who + " must have a multiple of 8 columns");
-  require(x.stride(1) == 1 && x.stride(0) % 8 == 0 && x.stride(0) > 0,
+  require(x.stride(1) == 1 && row_stride(x) % 8 == 0 && row_stride(x) > 0,
           who + " must have contiguous rows, 16-byte aligned");
   require(reinterpret_cast<uintptr_t>(x.data()) % 16 == 0, who + " must be 16-byte aligned");
 }
@@ -138,7 +141,7 @@ Problem problem(const Matrix& x, const Matrix& y, const Floats& logit_scale, con
   p.block.N = int(x.shape(0)), p.block.M = int(y.shape(0)), p.block.D = int(x.shape(1));
   p.block.half = half, p.block.triangular = triangular;
   p.block.x = x.data(), p.block.y = y.data();
-  p.block.x_stride = x.stride(0), p.block.y_stride = y.stride(0);
+  p.block.x_stride = row_stride(x), p.block.y_stride = row_stride(y);
   const Reader& read = p.reader;
   p.block.logit_scale = read(logit_scale, 1, "logit_scale");
   p.block.row_bias = read(row_bias, p.rows(), "row_bias");
@@ -249,8 +252,8 @@ using Statistics = nb::ndarray<float, nb::ndim<3>>;
 void fold(const Array<const float>& sums, const Statistics& out, uintptr_t stream) {
   require(sums.ndim() == 4 && sums.shape(0) == out.shape(0) && sums.shape(1) == 2 && out.shape(1) == 2,
           "sums must be (K, 2, T, n)");
-  require(sums.shape(3) >= out.shape(2) && out.stride(2) == 1 && out.stride(0) == 2 * out.stride(1),
-          "out must be (K, 2, n)");
+  const bool even = out.shape(0) == 1 || out.stride(0) == 2 * out.stride(1);
+  require(sums.shape(3) >= out.shape(2) && out.stride(2) == 1 && even, "out must be (K, 2, n)");
   require(sums.device_type() == out.device_type() && sums.device_id() == out.device_id(), "out is on another device");
   const flashcl::FoldArgs args{sums.data(),        out.data(),        int(out.shape(0)),
                                int(sums.shape(2)), int(out.shape(2)), int64_t(sums.shape(3)),

@@ -465,6 +465,17 @@ def test_the_self_check_passes_and_would_not_pass_anything(monkeypatch):
     assert not any(error <= allowed for _, error, allowed in backend.self_check(device))
 
 
+def test_the_self_check_minds_no_defaults():
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            checked = backend.self_check(torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(before)
+    assert all(error <= allowed for _, error, allowed in checked)
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------------
 
 

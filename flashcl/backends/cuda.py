@@ -65,7 +65,7 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool = False, workspace: int = W
     col_center, col_deviation = (a.center, deviation) if p.triangular else (a.col_center, col_deviation)
 
     def place(lines: int, tiles: int, center: Tensor | None) -> _Lines:
-        sums = torch.empty(p.classes, 2, tiles, lines, device=p.x.device)
+        sums = torch.empty(p.classes, 2, tiles, lines, dtype=torch.float32, device=p.x.device)
         return _Lines(sums, center, None if center is None else sums.new_empty(tiles, lines))
 
     for i, j in _blocks(p, workspace / _bytes_of_sums(p)):
@@ -101,7 +101,7 @@ def _no_deviation(center: Tensor | None, n: int) -> Tensor | None:
 
 def _no_pairs(p: Problem, n: int) -> Tensor:
     """top and total of every class, (K, 2, n), over no pair."""
-    sums = torch.zeros(p.classes, 2, n, device=p.x.device)
+    sums = torch.zeros(p.classes, 2, n, dtype=torch.float32, device=p.x.device)
     sums[:, 0] = -torch.inf
     return sums
 
@@ -118,8 +118,8 @@ def _bytes_of_sums(p: Problem) -> float:
 
 def sweep_softplus(p: Problem, *, workspace: int = WORKSPACE) -> Tensor:
     p = dataclasses.replace(p, triangular=False)
-    a, ones = _Arguments.of(p), torch.ones(_whole(slice(0, len(p.x))), device=p.x.device)
-    total = torch.zeros(len(p.x), device=p.x.device)
+    a, ones = _Arguments.of(p), torch.ones(_whole(slice(0, len(p.x))), dtype=torch.float32, device=p.x.device)
+    total = ones.new_zeros(len(p.x))
     for i, j in _blocks(p, workspace / _bytes_of_sums(p)):
         sums = ones.new_empty(_tiles(j), _whole(i))
         with _on(p.x.device) as stream:
@@ -148,7 +148,7 @@ def grad(
         return Grads(full.dx + full.dy if need_x else None, None, d_scale=full.d_scale, row_sum=full.row_sum)
 
     def zeros(wanted: bool, *shape: int) -> Tensor | None:
-        return torch.zeros(shape, device=p.x.device) if wanted else None
+        return torch.zeros(shape, dtype=torch.float32, device=p.x.device) if wanted else None
 
     N, M, D = len(p.x), len(p.y), p.x.shape[1]
     dx, dy = zeros(need_x, N, D), zeros(need_y and not p.triangular, M, D)
@@ -240,7 +240,7 @@ class _TileSums(NamedTuple):
 
 def _tile_sums(p: Problem, i: slice, j: slice, *, need_bias: bool, need_softplus: bool, need_scale: bool) -> _TileSums:
     def room(wanted: bool, *shape: int) -> Tensor | None:
-        return torch.empty(shape, device=p.x.device) if wanted else None
+        return torch.empty(shape, dtype=torch.float32, device=p.x.device) if wanted else None
 
     along_rows, along_cols = (_tiles(j), _whole(i)), (_tiles(i), _whole(j))
     return _TileSums(
@@ -416,9 +416,13 @@ def _failed_check(index: int) -> str | None:
 
 def self_check(device: torch.device) -> list[tuple[str, float, float]]:
     """(quantity, error relative to the largest value, what is allowed), of ragged tiles with biases, ids and labels."""
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(n, 72, generator=generator).to(torch.bfloat16).to(device) for n in (200, 300))
-    scale, bias = torch.full((1,), 0.3, device=device), torch.randn(200, generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+
+    x, y = (random(n, 72).to(torch.bfloat16).to(device) for n in (200, 300))
+    scale, bias = torch.full((1,), 0.3, dtype=torch.float32, device=device), random(200).to(device)
     rows, cols = ((torch.arange(n, device=device), torch.arange(n, device=device) % 7) for n in (200, 300))
     p = Problem(x, y, scale, bias, None, "by_label", rows, cols)
     s = 0.3 * x.double() @ y.double().T + bias.double()[:, None]
@@ -438,6 +442,6 @@ def self_check(device: torch.device) -> list[tuple[str, float, float]]:
     out += [("dx", off(grads.dx, g @ y.double()), 8e-3), ("dy", off(grads.dy, g.T @ x.double()), 8e-3)]
 
     p = dataclasses.replace(p, program="all", rows=(), cols=())
-    grads, g = grad(p, Sigmoid(torch.ones(200, device=device)), **everything), s.sigmoid()
+    grads, g = grad(p, Sigmoid(torch.ones(200, dtype=torch.float32, device=device)), **everything), s.sigmoid()
     loss = torch.nn.functional.softplus(s).sum(1)
     return [*out, ("softplus", off(grads.row_sum, loss), 1e-6), ("dx of softplus", off(grads.dx, g @ y.double()), 8e-3)]
