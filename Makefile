@@ -21,9 +21,9 @@ demo: install
 	@$(BIN)/flashcl demo
 
 # `pytest`, not `python -m pytest`: that would put the repository on sys.path, where the folder triton_kernels
-# shadows a foreign package of the same name.
+# shadows a foreign package of the same name. Tests run on one thread each: one process per core, and a file stays together.
 test: install
-	@$(BIN)/pytest -m "not gpu"
+	@$(BIN)/pytest -n auto --dist loadfile -m "not gpu"
 
 gpu-test: install
 	@$(BIN)/pytest -m gpu
@@ -39,7 +39,7 @@ plots: install
 	@$(BIN)/python bench/plots.py
 
 docs: install
-	@$(BIN)/pip install -q "pdoc>=15"
+	@$(BIN)/pip install -q "pdoc>=15" # not the extra "docs" of flashcl: that would build the extension again
 	@$(BIN)/pdoc flashcl flashcl.reference flashcl.contract --template-directory docs/theme -o docs/api
 
 clean:

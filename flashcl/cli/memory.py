@@ -102,25 +102,25 @@ def _peak(loss: str, batch: int, dim: int, device: torch.device) -> int:
     generator = torch.Generator().manual_seed(batch)
     x, y = (F.normalize(torch.randn(batch, dim, generator=generator)).to(device).requires_grad_() for _ in "xy")
     scale = torch.tensor(1 / 0.07, device=device, requires_grad=True)
-    before = _reset_peak(device)
+    before = reset_peak(device)
     LOSSES[loss](x, y, logit_scale=scale).backward()
-    return _read_peak(device) - before
+    return read_peak(device) - before
 
 
-def _reset_peak(device: torch.device) -> int:
+def reset_peak(device: torch.device) -> int:
     """Starts a new peak; returns the bytes in use."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")
-    return _status("VmRSS")
+    return status("VmRSS")
 
 
-def _read_peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+def read_peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else status("VmHWM")
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))

@@ -235,11 +235,11 @@ def child() -> None:
     case = work.inputs(device)
     loss = PROVIDERS[job["name"]](work, case)
     leaves = {name: v.detach().clone().requires_grad_() for name, v in case.tensors.items()}
-    resource.setrlimit(resource.RLIMIT_DATA, (memory._status("VmData") + job["limit"],) * 2)
+    resource.setrlimit(resource.RLIMIT_DATA, (memory.status("VmData") + job["limit"],) * 2)
     backward(loss(**leaves), leaves)  # starts threads and libraries, which stay, and compiles
-    before = memory._reset_peak(device)
+    before = memory.reset_peak(device)
     backward(loss(**leaves), leaves)
-    print(max(0, memory._read_peak(device) - before))
+    print(max(0, memory.read_peak(device) - before))
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
