@@ -324,7 +324,7 @@ def test_wild_logits(program, dtype):
 
 
 @pytest.mark.parametrize("program", CLASSES)
-@pytest.mark.parametrize("depth", [0, 1, 20, 55, 62, 63, 70, 88, 104, 120, 1000])
+@pytest.mark.parametrize("depth", [0, 1, 20, 55, 62, 63, 70, 74, 77, 80, 83, 88, 104, 120, 1000])
 def test_lines_far_below_their_tile(program, depth):
     """On both sides of the two thresholds: one top for a warp, one exp for rows and columns."""
     p = problem(140, 140, 16, program=program)
@@ -420,6 +420,27 @@ def test_blocks_are_bounded_and_cover_the_matrix_once():
                 assert all(c <= 2**28 for c in cells) and all(i.start % TILE == 0 == j.start % TILE for i, j in blocks)
                 own = sum((i.stop - i.start) ** 2 for i, j in blocks if i.start == j.start)
                 assert sum(cells) + (sum(cells) - own if triangular else 0) == N * M
+
+
+@pytest.mark.parametrize("T", [1, 7, 8, 9, 40])
+def test_fold(T):
+    """Statistics of T tiles, with lines that are empty, infinite or NaN in some of them, onto those of earlier tiles."""
+    g = torch.Generator().manual_seed(T)
+    top, total = torch.randn(2, T, 50, generator=g) * 20, torch.rand(2, T, 50, generator=g) + 0.5
+    empty = torch.rand(2, T, 50, generator=g) < 0.3
+    empty[:, :, 0] = True
+    top[empty], total[empty] = -torch.inf, 0.0
+    top[0, -1, 1], total[0, -1, 1] = torch.inf, torch.inf
+    total[1, 0, 2] = torch.nan
+    out = torch.zeros(2, 2, 60)
+    out[:, 0] = -torch.inf
+    out[0, 0, 3:9], out[0, 1, 3:9] = 30.0, 2.0
+    want = torch.cat(
+        [top.double() + total.double().log(), (out[:, 0] + out[:, 1].log())[:, None, :50].double()], 1
+    ).logsumexp(1)
+    _C.fold(torch.stack([top, total], 1).contiguous(), out[:, :, :50])
+    assert_close(out[:, 0, :50].double() + out[:, 1, :50].double().log(), want, 1e-6, relative=False)
+    assert (out[:, 0, 50:] == -torch.inf).all() and not out[:, 1, 50:].any()  # a slice, and nothing beside it
 
 
 @pytest.mark.parametrize("workspace", [2**29, TILE * TILE * 2], ids=["one block", "blocks"])
