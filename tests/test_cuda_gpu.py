@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flashcl
+from flashcl.backends.gemm import addmm_
 from flashcl.contract import LOSSES, case, evaluate
 from flashcl.engine import dispatch
 from flashcl.engine.problem import Problem, Sigmoid, Softmax
@@ -133,6 +134,19 @@ def test_unwritten_memory_is_not_read(backend, workspace):
     c = Softmax(torch.ones_like(s.row.top), s.row, torch.ones_like(s.col.top), s.col)
     g = backend.grad(p, c, need_x=True, need_y=True, need_bias=True, need_scale=True, workspace=workspace)
     assert all(v.isfinite().all() for v in (s.row.value(), s.col.value(), *vars(g).values()) if v is not None)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+def test_gradients_are_accumulated_in_float32(backend, dtype):
+    """The GEMMs of the library: neither their result nor what it is added to is rounded to 16 bits on the way."""
+    a, b = (
+        torch.full((256, 64), 2.0**-9, dtype=dtype, device=DEVICE),
+        torch.full((64, 128), 2.0**-9, dtype=dtype, device=DEVICE),
+    )
+    acc = torch.ones(256, 128, device=DEVICE)
+    for _ in range(3):
+        addmm_(acc, a, b)  # 64 * 2^-18 = 2^-12 each time: 16 bits round 1 + 2^-12 to 1
+    assert (acc == 1 + 3 * 2.0**-12).all()
 
 
 def test_errors_are_exceptions(backend):
