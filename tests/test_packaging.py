@@ -198,7 +198,7 @@ def test_wrong_build_variable_is_named(tree, out, path_with_broken_nvcc, name, v
 
 @needs_nvcc
 def test_extension_reports_how_it_was_built_and_needs_no_gpu(tree, out, tmp_path):
-    wheel = build("wheel", tree, out, FLASHCL_CUDA="1", FLASHCL_ARCHS="80;90a")
+    wheel = build("wheel", tree, out, FLASHCL_CUDA="1", FLASHCL_ARCHS="80;89")  # no kernels: minutes
     assert "-cp310-abi3-" in wheel.name
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
@@ -207,7 +207,7 @@ def test_extension_reports_how_it_was_built_and_needs_no_gpu(tree, out, tmp_path
     printed = output_of(code, tmp_path, PYTHONPATH=str(site), CUDA_VISIBLE_DEVICES="")
     file, info, count, status = ast.literal_eval(printed)
     assert Path(file).is_relative_to(site)
-    assert info["architectures"] == ["80", "90a"]
+    assert info["architectures"] == ["80", "89"]
     assert info["abi"] == "cp310-abi3"
     assert re.fullmatch(r"\d+\.\d+\.\d+", info["nvcc"]) and re.fullmatch(r"\d+\.\d+\.\d+", info["nanobind"])
     assert count == 0 and status != "no error"
