@@ -19,6 +19,9 @@ def main() -> None:
     parser.add_argument("backend", choices=[name for name in dispatch.BACKENDS if name != "torch"])
     backend = parser.parse_args().backend
     for dtype in (torch.bfloat16, torch.float32):
+        if reason := dispatch.unusable(backend, torch.device("cuda"), dtype):
+            print(f"{backend} {dtype}: not served, {reason}", flush=True)
+            continue
         for loss in contract.LOSSES:
             for n, d in SHAPES:
                 c = contract.case(loss, "init", n=n, d=d).to(dtype, "cuda")
