@@ -1,8 +1,10 @@
 """Losses over the rows of several ranks: gloo on loopback, worlds of 1 to 4 processes, all cases of a world in one spawn."""
 
+import contextlib
 import functools
 import os
-import subprocess
+import runpy
+import socket
 import sys
 import time
 from collections import Counter
@@ -13,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch.nn.functional import cross_entropy, logsigmoid
 from torch.nn.parallel import DistributedDataParallel
 from world import in_the_world, run_world
@@ -418,16 +421,25 @@ def test_a_rank_that_dies_is_an_error_on_the_others():
 
 
 @pytest.mark.parametrize("example", ["plain", "ddp", "fsdp2"])
-def test_the_examples_train(example):
-    """As the first lines of each say, by torchrun; ranks hold different numbers of rows."""
+def test_the_examples_train(example, tmp_path):
+    """What torchrun does for the command in the first lines of each, less its agent; ranks hold different numbers of rows."""
     path = Path(__file__).parents[1] / "examples" / f"{example}.py"
     assert f"torchrun --nproc-per-node 2 examples/{example}.py" in path.read_text()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
-    environment = os.environ | dict(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
-    out = subprocess.run([*torchrun, str(path)], env=environment, capture_output=True, text=True, timeout=120)
-    assert out.returncode == 0, out.stderr
-    loss = float(out.stdout.rsplit(None, 1)[-1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(run_example, (path, port, tmp_path), nprocs=2)
+    loss = float((tmp_path / "0").read_text().rsplit(None, 1)[-1])
     assert loss < {"plain": 2.0, "ddp": 5.0, "fsdp2": 3.0}[example]  # after one step: 7.0, 9.2 and 7.7
+
+
+def run_example(rank: int, path: Path, port: int, folder: Path) -> None:
+    os.environ |= dict(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}")
+    os.environ |= dict(GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(path.parent))
+    with open(folder / f"{rank}", "w") as out, contextlib.redirect_stdout(out):
+        runpy.run_path(str(path), run_name="__main__")
 
 
 def test_the_comparison_can_fail():
