@@ -1,7 +1,8 @@
 """The torch backend: tiles of plain PyTorch operations, on any device, in any floating dtype.
 
-One tile of logits is alive at a time, in buffers that are made once per call. The GEMMs are the library's; what happens to
-a tile between them runs in place while the tile is in cache. On a CPU a tile decides by looking at its values whether one
+One tile of logits is alive at a time, in buffers that are made once per call; beside them a sweep on a CPU leaves a bounded
+number of products for the backward. The GEMMs are the library's; what happens to a tile between them runs in place while
+the tile is in cache. On a CPU a tile decides by looking at its values whether one
 exp per logit is safe; on a GPU such a look would make the host wait, so there the careful form is always taken.
 """
 
