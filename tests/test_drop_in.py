@@ -342,3 +342,7 @@ def found():
 @pytest.mark.parametrize("row", FORMULAS_OF_RANKS)
 def test_call_of_ranks(row, found):
     assert [wrong[row] for wrong in found if wrong[row]] == []
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {flashcl.__version__}\n" in (ROOT / "CITATION.cff").read_text()
