@@ -1,7 +1,6 @@
 // fold on any GPU: the order is in fold.h.
-#include <cuda_runtime.h>
-
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace flashcl {
 namespace {
@@ -19,9 +18,8 @@ __global__ void __launch_bounds__(LINES* FOLDERS) fold(const FoldArgs args) {
 }  // namespace
 
 int launch_fold(const FoldArgs& args, void* stream) {
-  const dim3 blocks((args.n + LINES - 1) / LINES, args.K);
-  fold<<<blocks, LINES * FOLDERS, 0, static_cast<cudaStream_t>(stream)>>>(args);
-  return cudaGetLastError();
+  const dim3 blocks((args.n + LINES - 1) / LINES, args.K), threads(LINES * FOLDERS);
+  return queue({blocks, threads, 0, static_cast<cudaStream_t>(stream)}, fold, args);
 }
 
 }  // namespace flashcl

@@ -12,9 +12,8 @@
 //     finish   what needs all four warps: sums of columns
 #pragma once
 
-#include <cuda_runtime.h>
-
 #include <algorithm>
+#include <atomic>
 
 #include <cute/tensor.hpp>
 #include <cutlass/arch/barrier.h>
@@ -26,6 +25,7 @@
 #include <cutlass/pipeline/pipeline.hpp>
 
 #include "block.h"
+#include "launch.cuh"
 
 namespace flashcl {
 
@@ -163,6 +163,7 @@ struct TilesKernel {
       mainloop.mma(pipeline, state, acc, steps, thread, shared.mainloop, params.mainloop);
       order.arrive();
       mainloop.mma_tail(pipeline, state, steps);
+      warpgroup_fence_operand(acc);  // its last products are awaited in mma_tail: nothing reads them before
       state.advance(2 * steps);
       if (!wanted) continue;
 
@@ -186,7 +187,10 @@ struct TilesKernel {
     }
   }
 
-  static CUTLASS_DEVICE void barrier(int turn) { cutlass::arch::NamedBarrier::sync(128, turn); }
+  // Of the 128 threads of a warpgroup. Not NamedBarrier::sync, which does not tell the compiler that memory changes.
+  static CUTLASS_DEVICE void barrier(int turn) {
+    asm volatile("bar.sync %0, 128;" ::"r"(cutlass::arch::NamedBarrier::ReservedNamedBarrierCount + turn) : "memory");
+  }
 
   // lift * G in 16 bits to shared memory, where the copy engine will see it.
   static CUTLASS_DEVICE void stage(const Accumulators& acc, const float* lift, GTile& g, int thread) {
@@ -236,6 +240,19 @@ struct TilesKernel {
     }
     return params;
   }
+
+  // Whether the driver took the descriptions of the tensors. CuTe only prints that it did not, and leaves them zero: a
+  // launch with them would take the context down.
+  static bool described(const Params& params) {
+    const auto there = [](const auto& copy) {
+      const auto* words = reinterpret_cast<const uint64_t*>(copy.get_tma_descriptor());
+      return std::any_of(words, words + sizeof(TmaDescriptor) / 8, [](uint64_t word) { return word != 0; });
+    };
+    if constexpr (WRITES_G) {
+      if (params.args.out.g && !there(params.store)) return false;
+    }
+    return there(params.mainloop.tma_load_a) && there(params.mainloop.tma_load_b);
+  }
 };
 
 template <class Kernel>
@@ -263,23 +280,39 @@ bool fragment_is_right() {
   return true;
 }
 
+// Clusters of a launch that the current device runs at a time. It is asked once: an answer takes longer than a launch.
+//
+// Not processors / 4: a part of the GPU whose processors are no multiple of 4 leaves some idle, and a cluster too many
+// would begin its share of the units when all others are done.
+template <class Kernel>
+cudaError_t clusters_at_a_time(cudaLaunchConfig_t config, int* out) {
+  static std::atomic<int> known[64];  // by device; 0: not asked yet
+  int device;
+  if (cudaError_t error = cudaGetDevice(&device)) return error;
+  std::atomic<int>& here = known[device % 64];
+  if (here == 0) {
+    constexpr auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (cudaError_t error = cudaFuncSetAttribute(tiles<Kernel>, limit, int(config.dynamicSmemBytes))) return error;
+    int fitting;
+    if (cudaError_t error = cudaOccupancyMaxActiveClusters(&fitting, tiles<Kernel>, &config)) return error;
+    here = std::max(1, fitting);
+  }
+  *out = here;
+  return cudaSuccess;
+}
+
 template <class Kernel, class Args>
 cudaError_t launch_tiles(const Args& args, cudaStream_t stream) {
-  constexpr int bytes = sizeof(typename Kernel::Shared);
-  constexpr auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
-  if (cudaError_t error = cudaFuncSetAttribute(tiles<Kernel>, limit, bytes)) return error;
-
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim = {CLUSTER, CLUSTER, 1};
-  cudaLaunchConfig_t config{dim3(CLUSTER, CLUSTER), dim3(THREADS), size_t(bytes), stream, &cluster, 1};
-  // Not processors / 4: a part of the GPU whose processors are no multiple of 4 leaves some idle, and a cluster too
-  // many would begin its share of the units when all others are done.
+  constexpr size_t bytes = sizeof(typename Kernel::Shared);
+  cudaLaunchConfig_t config{dim3(CLUSTER, CLUSTER), dim3(THREADS), bytes, stream, &cluster, 1};
   int fitting;
-  if (cudaError_t error = cudaOccupancyMaxActiveClusters(&fitting, tiles<Kernel>, &config)) return error;
-  config.gridDim.x = CLUSTER * std::max(1, std::min(args.block.schedule().units(), fitting));
-  if (cudaError_t error = cudaLaunchKernelEx(&config, tiles<Kernel>, Kernel::parameters(args))) return error;
-  return cudaGetLastError();
+  if (cudaError_t error = clusters_at_a_time<Kernel>(config, &fitting)) return cudaGetLastError(), error;
+  config.gridDim.x = CLUSTER * std::min(args.block.schedule().units(), fitting);
+  const auto params = Kernel::parameters(args);
+  return Kernel::described(params) ? queue(config, tiles<Kernel>, params) : cudaErrorInvalidValue;
 }
 
 }  // namespace flashcl

@@ -61,6 +61,10 @@ def of(table, kernel, element):
     return found[0]
 
 
+def largest_register(code):
+    return max(int(n) for line in code for n in re.findall(r"\bR(\d+)\b", line))
+
+
 every_kernel = pytest.mark.parametrize("kernel", KERNELS)
 every_element = pytest.mark.parametrize("element", ELEMENTS)
 
@@ -84,7 +88,10 @@ def test_nothing_spills(kernel, element):
     assert not [line for line in code if re.search(r"\b(LDL|STL)\b", line)]
     moved = [int(line.rsplit(maxsplit=1)[-1], 16) for line in code if "USETMAXREG" in line]
     assert sorted(moved) == [24, 240]
-    assert 168 < max(int(n) for line in code for n in re.findall(r"\bR(\d+)\b", line)) < 240
+    assert 168 < largest_register(code) < 240
+    start = next(i for i, line in enumerate(code) if "USETMAXREG.DEALLOC" in line)
+    copies = [i for i, line in enumerate(code) if "UTMALDG" in line]
+    assert start < min(copies) and largest_register(code[start : max(copies) + 1]) < 24
 
 
 @every_element
@@ -104,6 +111,19 @@ def test_tensor_cores_and_copy_engine(kernel, element):
     )  # x and y, for two CTAs each
     writes_g = KERNELS[kernel][2]
     assert ("UTMASTG" in opcodes) == ("STSM" in opcodes) == writes_g
+
+
+@every_element
+@every_kernel
+def test_products_are_awaited_and_warpgroups_meet(kernel, element):
+    """After the last product a wait for all of them, then two barriers of 128 threads: before and after the epilogue."""
+    code = of(sass(), kernel, element)
+    products = [i for i, line in enumerate(code) if "HGMMA" in line]
+    waits = [i for i, line in enumerate(code) if re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", line)]
+    barriers = [i for i, line in enumerate(code) if re.search(r"BAR\.SYNC.*, 0x80", line)]
+    assert len(waits) == 1 and len(barriers) == 2 and products[-1] < waits[0] < barriers[0]
+    exps = [i for i, line in enumerate(code) if "MUFU.EX2" in line and i > products[-1]]
+    assert barriers[0] < exps[0] and sum(i < barriers[1] for i in exps) > 250
 
 
 @every_element
