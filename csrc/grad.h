@@ -24,6 +24,22 @@ struct GradArgs {
   Output out;
 };
 
+// weight and lse of a line for one class. Without pairs lse becomes +inf: 0 times exp(s + inf) would not be 0.
+template <class W>
+struct Coefficient {
+  typename W::F weight, lse;
+
+  FLASHCL_LANE Coefficient(const Side& side, int k, int tile, typename W::I at) {
+    using F = typename W::F;
+    const int64_t line = k * side.stride + int64_t(tile) * TILE;
+    weight = W::load(side.weight + line, at);
+    lse = W::load(side.lse + line, at);
+    const typename W::B empty = lse == F(-INF);
+    weight = W::select(empty, F(0.0f), weight);
+    lse = W::select(empty, F(INF), lse);
+  }
+};
+
 template <class W, class Program>
 class Grad {
   using F = typename W::F;
@@ -60,10 +76,9 @@ class Grad {
     for (int k = 0; k < K; ++k) {
       F weight = F(0.0f), lse = F(INF);
       if (two_sided_) {
-        const int64_t line = k * a_.col.stride + int64_t(tile_.m) * TILE;
-        weight = W::load(a_.col.weight + line, at);
-        lse = W::load(a_.col.lse + line, at);
-        if (shift_.safe) weight = weight * W::exp(F(shift_.low) - lse);
+        const Coefficient<W> col(a_.col, k, tile_.m, at);
+        weight = shift_.safe ? col.weight * W::exp(F(shift_.low) - col.lse) : col.weight;
+        lse = col.lse;
       }
       W::store(s_.weight[k], at, weight, B(true));
       W::store(s_.lse[k], at, lse, B(true));
@@ -98,17 +113,14 @@ class Grad {
   template <bool SHARED>
   FLASHCL_LANE RowSide row_side() const {
     RowSide out;
-    const int64_t n = int64_t(tile_.n) * TILE;
     FLASHCL_UNROLL
     for (int r = 0; r < R; ++r) {
       FLASHCL_UNROLL
       for (int k = 0; k < K; ++k) {
-        out.weight[k][r] = W::load(a_.row.weight + k * a_.row.stride + n, seat_.row(r));
-        out.shift[k][r] = W::load(a_.row.lse + k * a_.row.stride + n, seat_.row(r));
-        if (SHARED && two_sided_) {
-          out.weight[k][r] = out.weight[k][r] * W::exp(F(shift_.low) - out.shift[k][r]);
-          out.shift[k][r] = F(shift_.low);
-        }
+        const Coefficient<W> row(a_.row, k, tile_.n, seat_.row(r));
+        const bool moved = SHARED && two_sided_;
+        out.weight[k][r] = moved ? row.weight * W::exp(F(shift_.low) - row.lse) : row.weight;
+        out.shift[k][r] = moved ? F(shift_.low) : row.lse;
       }
     }
     return out;

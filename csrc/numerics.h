@@ -51,13 +51,14 @@ struct Soft {
   }
 };
 
-// Whether the log-sum-exps of a row tile and of a column tile share one exp. A NaN among them says no.
+// Whether the log-sum-exps of a row tile and of a column tile share one exp. A NaN among them says no, and so does an
+// infinity, but for (+inf, -inf): no line there has a pair.
 struct SharedShift {
   bool safe;
   float low;
 };
 
-// `row` and `col` are the smallest log-sum-exp of a tile's lines and the largest finite one.
+// `row` and `col` are the smallest log-sum-exp of a tile's lines and the largest.
 FLASHCL_BOTH SharedShift shared_shift(const float* row, const float* col) {
   const bool safe =
       row[1] - row[0] < SPREAD && row[1] - col[0] < SPREAD && col[1] - row[0] < SPREAD && col[1] - col[0] < SPREAD;
