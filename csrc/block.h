@@ -21,8 +21,8 @@ struct Block {
 
   const float* logit_scale;              // (1,)
   const float *row_bias, *col_bias;      // (N,), (M,), or null: 0
-  const int64_t *row_id, *col_id;        // (N,), (M,), or null: pairs with equal ids are dropped
-  const int64_t *row_range, *col_range;  // (tiles, 2): the smallest and the largest id of each tile
+  const int32_t *row_id, *col_id;        // (N,), (M,), or null: pairs with equal ids are dropped
+  const int32_t *row_range, *col_range;  // (tiles, 2): the smallest and the largest id of each tile
   const int64_t *row_label, *col_label;  // (N,), (M,), or null: other pairs with equal labels are of class 1
 
   static FLASHCL_BOTH Schedule schedule(int N, int M, bool triangular) {
@@ -40,11 +40,13 @@ struct Lines {
 };
 
 // log-sum-exps of the lines of a block, as coefficients: G_ij = weight exp(s_ij - lse) (- offset, where the class is
-// 1). Lines past the edge and lines without pairs have weight 0, lse +inf and offset 0: their G is 0.
+// 1). Lines without pairs have lse -inf: their G is 0, whatever their weight.
 struct Side {
   const float* weight;  // (K, stride); null where no gradient comes through these lines
   const float* lse;     // (K, stride)
-  const float* range;   // (tiles, 2): the smallest lse of each tile over all classes, and the largest finite one
+  // (tiles, 2): the smallest lse of each tile over all classes, and the largest. The exp of a tile is shared where both
+  // are finite and close; so lines without pairs are best left out: +inf and -inf are those of a tile that has no other.
+  const float* range;
   const float* offset;  // (n,) or null
   int64_t stride;
 };

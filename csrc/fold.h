@@ -14,11 +14,13 @@ struct FoldArgs {
   float* out;
   int K, T, n;
   int64_t stride, out_plane;
+  bool first;  // out holds nothing yet: it is not read
+  bool last;   // out becomes the log-sum-exp as two floats, in place of top and total
 };
 
 constexpr int FOLDERS = 8;
 
-// sum of exp(s - top) over some logits. Over none top is -inf; over +inf it is +inf, and the total too.
+// The sum of exp(s - top) over some logits. Over none top is -inf; over +inf it is +inf, and the total too.
 struct Statistic {
   float top = -INF;
   double total = 0;
@@ -28,6 +30,9 @@ struct Statistic {
     total = total * decay(top - shift) + other_total * decay(other_top - shift);
     top = highest;
   }
+
+  // A total of NaN says more than the top: a maximum passes over NaN.
+  FLASHCL_BOTH double log_sum_exp() const { return fabsf(top) < INF || total != total ? top + log(total) : top; }
 
  private:
   static FLASHCL_BOTH double decay(float x) { return x == 0.0f ? 1.0 : double(expf(x)); }
@@ -43,12 +48,13 @@ FLASHCL_BOTH Statistic fold_part(const FoldArgs& a, int k, int i, int folder) {
 }
 
 FLASHCL_BOTH void fold_parts(const FoldArgs& a, int k, int i, const Statistic (&parts)[FOLDERS]) {
-  float* top = a.out + 2 * k * a.out_plane + i;
+  float *out = a.out + 2 * k * a.out_plane + i, *second = out + a.out_plane;
   Statistic all;
-  all.add(top[0], top[a.out_plane]);
+  if (!a.first) all.add(*out, *second);
   for (const Statistic& part : parts) all.add(part.top, part.total);
-  top[0] = all.top;
-  top[a.out_plane] = float(all.total);
+  const double lse = a.last ? all.log_sum_exp() : 0.0;
+  *out = a.last ? float(lse) : all.top;
+  *second = !a.last ? float(all.total) : fabs(lse) == double(INF) ? 0.0f : float(lse - double(*out));
 }
 
 }  // namespace flashcl

@@ -16,7 +16,7 @@ struct ByLabel {
 // Whether a tile can hold equal ids. Ids are mostly ranges of integers: few tiles do.
 FLASHCL_LANE bool may_hold_equal_ids(const Block& block, Place tile) {
   if (!block.row_id) return false;
-  const int64_t *row = block.row_range + 2 * tile.n, *col = block.col_range + 2 * tile.m;
+  const int32_t *row = block.row_range + 2 * tile.n, *col = block.col_range + 2 * tile.m;
   return row[0] <= col[1] && col[0] <= row[1];
 }
 
@@ -38,38 +38,13 @@ class Pairs {
  public:
   bool masked;  // some pairs are dropped, or there are classes: else nothing here may be asked
 
-  // Before the product is there: ids and labels of 64 bits would find no registers beside it.
+  // Before the product is there: ids, and labels of 64 bits, would find no registers beside it.
   FLASHCL_LANE void load(const Block& block, const Seat<W>& seat) {
     const bool ids = may_hold_equal_ids(block, seat.tile);
     masked = Program::CLASSES == 2 || ids || !whole(block, seat.tile);
     if (!masked) return;
-    const int64_t n = int64_t(seat.tile.n) * TILE, m = int64_t(seat.tile.m) * TILE;
-    const I rows_left = I(block.N - int(n)), cols_left = I(block.M - int(m));
-    L row_id[R], row_label[R];
-    FLASHCL_UNROLL
-    for (int r = 0; r < R; ++r) {
-      row_id[r] = ids ? W::load(block.row_id + n, seat.row(r)) : L(0);  // without equal ids: two numbers that differ
-      if constexpr (Program::CLASSES == 2) row_label[r] = W::load(block.row_label + n, seat.row(r));
-    }
-    for (int i = 0; i < 4; ++i) dropped_[i] = positive_[i] = U(0);
-    FLASHCL_UNROLL
-    for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
-      FLASHCL_UNROLL
-      for (int q = 0; q < Fragment::COLS; ++q) {
-        const I at = seat.col(chunk, q);
-        const L col_id = ids ? W::load(block.col_id + m, at) : L(1);
-        FLASHCL_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const int place = Fragment::place(r, chunk, q), word = place / 32;
-          const B out = !((at < cols_left) & (seat.row(r) < rows_left)) | (row_id[r] == col_id);
-          dropped_[word] = dropped_[word] | W::bit(out, place % 32);
-          if constexpr (Program::CLASSES == 2) {
-            const B same = row_label[r] == W::load(block.col_label + m, at);
-            positive_[word] = positive_[word] | W::bit(same & !out, place % 32);
-          }
-        }
-      }
-    }
+    find_dropped(block, seat, ids);
+    if constexpr (Program::CLASSES == 2) find_positive(block, seat);  // ids are no longer needed: fewer registers
   }
 
   // Whether the pair at a place is outside of the block or dropped.
@@ -82,6 +57,47 @@ class Pairs {
   // The bits of the pairs of class k.
   FLASHCL_LANE void members(U (&bits)[4], int k) const {
     for (int i = 0; i < 4; ++i) bits[i] = W::select(k == 1, positive_[i], ~(positive_[i] | dropped_[i]));
+  }
+
+ private:
+  FLASHCL_LANE void find_dropped(const Block& block, const Seat<W>& seat, bool ids) {
+    const int64_t n = int64_t(seat.tile.n) * TILE, m = int64_t(seat.tile.m) * TILE;
+    const I rows_left = I(block.N - int(n)), cols_left = I(block.M - int(m));
+    I id[R];
+    FLASHCL_UNROLL
+    for (int r = 0; r < R; ++r)  // without equal ids: two numbers that differ
+      id[r] = ids ? W::load(block.row_id + n, seat.row(r)) : I(0);
+    for (U& word : dropped_) word = U(0);
+    FLASHCL_UNROLL
+    for (int i = 0; i < Fragment::CHUNKS * Fragment::COLS; ++i) {
+      const int chunk = i / Fragment::COLS, q = i % Fragment::COLS;
+      const I at = seat.col(chunk, q), col_id = ids ? W::load(block.col_id + m, at) : I(1);
+      const B outside = !(at < cols_left);
+      FLASHCL_UNROLL
+      for (int r = 0; r < R; ++r)
+        mark(dropped_, r, chunk, q, outside | !(seat.row(r) < rows_left) | (id[r] == col_id));
+    }
+  }
+
+  FLASHCL_LANE void find_positive(const Block& block, const Seat<W>& seat) {
+    const int64_t n = int64_t(seat.tile.n) * TILE, m = int64_t(seat.tile.m) * TILE;
+    L label[R];
+    FLASHCL_UNROLL
+    for (int r = 0; r < R; ++r) label[r] = W::load(block.row_label + n, seat.row(r));
+    for (U& word : positive_) word = U(0);
+    FLASHCL_UNROLL
+    for (int i = 0; i < Fragment::CHUNKS * Fragment::COLS; ++i) {
+      const int chunk = i / Fragment::COLS, q = i % Fragment::COLS;
+      const L col_label = W::load(block.col_label + m, seat.col(chunk, q));
+      FLASHCL_UNROLL
+      for (int r = 0; r < R; ++r)
+        mark(positive_, r, chunk, q, (label[r] == col_label) & !dropped(Fragment::place(r, chunk, q)));
+    }
+  }
+
+  static FLASHCL_LANE void mark(U (&bits)[4], int r, int chunk, int q, B value) {
+    const int place = Fragment::place(r, chunk, q);
+    bits[place / 32] = bits[place / 32] | W::bit(value, place % 32);
   }
 };
 

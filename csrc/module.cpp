@@ -30,7 +30,8 @@ using Matrix = nb::ndarray<nb::ro, nb::ndim<2>>;
 template <class T>
 using Array = nb::ndarray<T, nb::c_contig>;
 using Floats = Array<const float>;
-using Ints = Array<const int64_t>;
+using Ids = Array<const int32_t>;
+using Labels = Array<const int64_t>;
 using Result = Array<float>;
 template <class T>
 using Maybe = std::optional<T>;
@@ -117,15 +118,16 @@ void check_operand(const Matrix& x, const char* name) {
   const std::string who = name;
   require(x.shape(0) > 0 && x.shape(0) < (1u << 31) - TILE, who + " must have rows, fewer than 2^31");
   require(x.shape(1) > 0 && x.shape(1) % 8 == 0, who + " must have a multiple of 8 columns");
+  require(x.shape(1) < (1u << 31) - TILE && row_stride(x) < int64_t(1) << 39, who + " is too wide for the copy engine");
   require(x.stride(1) == 1 && row_stride(x) % 8 == 0 && row_stride(x) > 0,
           who + " must have contiguous rows, 16-byte aligned");
   require(reinterpret_cast<uintptr_t>(x.data()) % 16 == 0, who + " must be 16-byte aligned");
 }
 
 Problem problem(const Matrix& x, const Matrix& y, const Floats& logit_scale, const Maybe<Floats>& row_bias,
-                const Maybe<Floats>& col_bias, const Maybe<Ints>& row_id, const Maybe<Ints>& col_id,
-                const Maybe<Ints>& row_range, const Maybe<Ints>& col_range, const Maybe<Ints>& row_label,
-                const Maybe<Ints>& col_label, bool triangular) {
+                const Maybe<Floats>& col_bias, const Maybe<Ids>& row_id, const Maybe<Ids>& col_id,
+                const Maybe<Ids>& row_range, const Maybe<Ids>& col_range, const Maybe<Labels>& row_label,
+                const Maybe<Labels>& col_label, bool triangular) {
   check_operand(x, "x");
   check_operand(y, "y");
   const bool half = is(x, nb::dlpack::dtype_code::Float);
@@ -249,7 +251,7 @@ void sigmoid(const Problem& p, const Floats& weight, const Result& softplus, con
 
 using Statistics = nb::ndarray<float, nb::ndim<3>>;
 
-void fold(const Array<const float>& sums, const Statistics& out, uintptr_t stream) {
+void fold(const Array<const float>& sums, const Statistics& out, bool first, bool last, uintptr_t stream) {
   require(sums.ndim() == 4 && sums.shape(0) == out.shape(0) && sums.shape(1) == 2 && out.shape(1) == 2,
           "sums must be (K, 2, T, n)");
   const bool even = out.shape(0) == 1 || out.stride(0) == 2 * out.stride(1);
@@ -257,7 +259,7 @@ void fold(const Array<const float>& sums, const Statistics& out, uintptr_t strea
   require(sums.device_type() == out.device_type() && sums.device_id() == out.device_id(), "out is on another device");
   const flashcl::FoldArgs args{sums.data(),        out.data(),        int(out.shape(0)),
                                int(sums.shape(2)), int(out.shape(2)), int64_t(sums.shape(3)),
-                               out.stride(1)};
+                               out.stride(1),      first,             last};
   if (args.n > 0)
     call(args, out.device_type() == nb::device::cpu::value, stream, flashcl::emulate_fold, flashcl::launch_fold);
 }
@@ -305,8 +307,8 @@ NB_MODULE(_C, m) {
       .def(
           "__init__",
           [](Problem* self, Matrix x, Matrix y, Floats logit_scale, Maybe<Floats> row_bias, Maybe<Floats> col_bias,
-             Maybe<Ints> row_id, Maybe<Ints> col_id, Maybe<Ints> row_range, Maybe<Ints> col_range,
-             Maybe<Ints> row_label, Maybe<Ints> col_label, bool triangular) {
+             Maybe<Ids> row_id, Maybe<Ids> col_id, Maybe<Ids> row_range, Maybe<Ids> col_range,
+             Maybe<Labels> row_label, Maybe<Labels> col_label, bool triangular) {
             new (self) Problem(problem(x, y, logit_scale, row_bias, col_bias, row_id, col_id, row_range, col_range,
                                        row_label, col_label, triangular));
           },
@@ -325,8 +327,14 @@ NB_MODULE(_C, m) {
   m.def("sigmoid", &sigmoid, "block"_a, "weight"_a.noconvert(), "softplus"_a.noconvert(), "g"_a.noconvert() = none,
         "lift"_a.noconvert() = none, "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none,
         "scaled"_a.noconvert() = none, "stream"_a = 0, "Sums of softplus, G of a block and sums of it.");
-  m.def("fold", &fold, "sums"_a.noconvert(), "out"_a.noconvert(), "stream"_a = 0,
-        "Merges the statistics of tiles into out.");
+  m.def("fold", &fold, "sums"_a.noconvert(), "out"_a.noconvert(), "first"_a = false, "last"_a = false, "stream"_a = 0,
+        "Merges the statistics of tiles into out; the first ones are all that is in it, with the last ones it becomes "
+        "the log-sum-exp as two floats, high and low.");
+  m.def(
+      "fold", [](const Array<const float>& sums, const Statistics& out, uintptr_t stream) {
+        fold(sums, out, false, false, stream);
+      },
+      "sums"_a.noconvert(), "out"_a.noconvert(), "stream"_a);
 
   m.attr("TILE") = TILE;
   m.def("schedule", &schedule, "tiles_n"_a, "tiles_m"_a, "triangular"_a, "For tests: the walk over the tiles.");

@@ -423,25 +423,118 @@ def test_blocks_are_bounded_and_cover_the_matrix_once():
                 assert sum(cells) + (sum(cells) - own if triangular else 0) == N * M
 
 
-@pytest.mark.parametrize("T", [1, 7, 8, 9, 40])
-def test_fold(T):
-    """Statistics of T tiles, with lines that are empty, infinite or NaN in some of them, onto those of earlier tiles."""
+def statistics(T, n=50):
+    """Statistics (2, 2, T, n) of T tiles, lines 0 to 2 of which are empty, infinite and NaN, and their log-sum-exps (2, n)."""
     g = torch.Generator().manual_seed(T)
-    top, total = torch.randn(2, T, 50, generator=g) * 20, torch.rand(2, T, 50, generator=g) + 0.5
-    empty = torch.rand(2, T, 50, generator=g) < 0.3
+    top, total = torch.randn(2, T, n, generator=g) * 20, torch.rand(2, T, n, generator=g) + 0.5
+    empty = torch.rand(2, T, n, generator=g) < 0.3
     empty[:, :, 0] = True
     top[empty], total[empty] = -torch.inf, 0.0
-    top[0, -1, 1], total[0, -1, 1] = torch.inf, torch.inf
-    total[1, 0, 2] = torch.nan
+    top[:, -1, 1], total[:, -1, 1] = torch.inf, torch.inf
+    total[:, 0, 2] = torch.nan
+    return torch.stack([top, total], 1), (top.double() + total.double().log()).logsumexp(1)
+
+
+@pytest.mark.parametrize("T", [1, 7, 8, 9, 40])
+def test_fold(T):
+    """Statistics of T tiles onto those of earlier ones."""
+    sums, lse = statistics(T)
     out = torch.zeros(2, 2, 60)
     out[:, 0] = -torch.inf
     out[0, 0, 3:9], out[0, 1, 3:9] = 30.0, 2.0
-    want = torch.cat(
-        [top.double() + total.double().log(), (out[:, 0] + out[:, 1].log())[:, None, :50].double()], 1
-    ).logsumexp(1)
-    _C.fold(torch.stack([top, total], 1).contiguous(), out[:, :, :50])
+    want = torch.logaddexp(lse, out[:, 0, :50].double() + out[:, 1, :50].double().log())
+    _C.fold(sums, out[:, :, :50])
     assert_close(out[:, 0, :50].double() + out[:, 1, :50].double().log(), want, 1e-6, relative=False)
     assert (out[:, 0, 50:] == -torch.inf).all() and not out[:, 1, 50:].any()  # a slice, and nothing beside it
+
+
+@pytest.mark.parametrize("T", [1, 7, 8, 9, 40])
+def test_the_first_fold_reads_nothing_and_the_last_leaves_log_sum_exps(T):
+    sums, lse = statistics(T)
+    at_once = torch.full((2, 2, 60), torch.nan)
+    _C.fold(sums, at_once[:, :, :50], first=True, last=True)
+    high, low = at_once[:, 0, :50], at_once[:, 1, :50]
+    assert_close(high.double() + low, lse, 1e-6, relative=False)  # e^(top - top') is of float32
+    assert at_once[:, :, 50:].isnan().all()
+
+    finite = lse.isfinite()
+    assert (low.abs() <= high.abs() * 2**-24)[finite].all()
+    assert torch.equal(high[finite], (high.double() + low).float()[finite])
+    assert (high[:, 0] == -torch.inf).all() and (high[:, 1] == torch.inf).all() and not low[:, :2].any()
+    assert high[:, 2].isnan().all() and low[:, 2].isnan().all()
+
+    several = torch.full((2, 2, 50), torch.nan)
+    pieces = sums.split(3, dim=2)
+    for k, piece in enumerate(pieces):
+        _C.fold(piece.contiguous(), several, first=k == 0, last=k == len(pieces) - 1)
+    assert_close(several.double().sum(1), lse, 2e-6, relative=False)
+
+
+def test_what_a_float_loses_of_a_log_sum_exp_is_its_low_part():
+    """At |s| = 1e4 one float32 is off by 5e-4."""
+    top, total = torch.linspace(-1e4, 1e4, 999), torch.rand(999) + 1
+    out = torch.empty(1, 2, 999)
+    _C.fold(torch.stack([top, total])[None, :, None].contiguous(), out, first=True, last=True)
+    want = top.double() + total.double().log()
+    assert (out[0].double().sum(0) - want).abs().max() < 2e-11 < 1e-4 < (out[0, 0] - want).abs().max()
+
+
+def raw_grad(p, weight, lse, ranges):
+    """G by the kernel from coefficients as they are, (1, whole tiles) each of rows and columns, and their ranges."""
+    (N, M), (tiles_n, tiles_m) = (len(p.x), len(p.y)), (-(-len(v) // TILE) for v in (p.x, p.y))
+    g = torch.full((tiles_n * TILE, tiles_m * TILE), torch.nan, dtype=p.x.dtype)
+    sides = dict(row_weight=weight[0], row_lse=lse[0], row_range=ranges[0])
+    if len(weight) == 2:
+        sides |= dict(col_weight=weight[1], col_lse=lse[1], col_range=ranges[1])
+    _C.grad(_C.Block(p.x, p.y, p.logit_scale), **sides, g=g)
+    assert not g[N:].any() and not g[:, M:].any()
+    return g[:N, :M].double()
+
+
+@pytest.mark.parametrize("sides", [1, 2])
+@pytest.mark.parametrize("how", ["left out of the ranges", "in the ranges"])
+def test_lines_without_pairs_have_no_gradient_whatever_their_weight(sides, how):
+    """Their log-sum-exp is -inf. A range that holds it keeps the tile from sharing its exp; values are the same."""
+    p = problem(200, 300, 16, scale=0.2)
+    lse = [torch.full((1, n), 3.0) + torch.rand(1, n) for n in (256, 384)[:sides]]
+    weight = [torch.rand(1, v.shape[1]) + 0.5 for v in lse]
+    empty = [[0, 33, 199], [5, 131, 299]][:sides]
+    for v, w, lines, size in zip(lse, weight, empty, (200, 300)):
+        v[0, lines] = -torch.inf
+        w[0, lines] = torch.tensor([torch.nan, torch.inf, 3.0])
+        v[0, size:], w[0, size:] = torch.nan, torch.nan  # past the edge: looked at by nobody
+    s = 0.2 * p.x.double() @ p.y.double().T
+    parts = [(s - v[0, :n].double().reshape(shape)).exp() * w[0, :n].double().reshape(shape)
+             for v, w, n, shape in zip(lse, weight, (200, 300), ((-1, 1), (1, -1)))]  # fmt: skip
+    parts[0][empty[0]] = 0
+    if sides == 2:
+        parts[1][:, empty[1]] = 0
+    ranges = []
+    for v, size in zip(lse, (200, 300)):
+        tiles = [t[t > -torch.inf] if how.startswith("left") else t for t in v[0, :size].split(TILE)]
+        ranges.append(torch.stack([torch.stack([t.min(), t.max()]) for t in tiles]))
+    got, want = raw_grad(p, weight, lse, ranges), sum(parts)
+    assert got.isfinite().all() and ((got - want).abs() <= 2**-8 * want.abs() + 1e-30).all()
+
+
+def test_ranges_of_infinities_share_no_exp():
+    """Tiles of which no line, or some lines, or a line with a logit of +inf: never NaN, and +inf where the row is."""
+    p = problem(128, 128, 8, scale=0.2)
+    s = 0.2 * p.x.double() @ p.y.double().T
+    finite, inf = torch.full((1, 128), 2.0), torch.inf
+    none = torch.full((1, 128), -inf)
+    some = torch.where(torch.arange(128) % 2 == 0, finite, none)
+    top = torch.where(torch.arange(128) == 3, inf, finite)
+    ones = [torch.ones(1, 128)] * 2
+    for rows, cols in ((none, none), (none, finite), (finite, none), (some, finite), (some, top), (top, none)):
+        ranges = [torch.stack([v.min(), v.max()])[None] for v in (rows, cols)]
+        got = raw_grad(p, ones, [rows, cols], ranges)
+        row, col = (torch.where(v == -inf, inf, v).double() for v in (rows, cols))
+        want = (s - row.T).exp() + (s - col).exp()
+        assert ((got - want).abs() <= 2**-8 * want).all()
+    # What a caller may say of a tile without any pair: that there is no smallest and no largest.
+    got = raw_grad(p, ones, [none, finite], [torch.tensor([[inf, -inf]]), torch.tensor([[2.0, 2.0]])])
+    assert ((got - (s - 2).exp()).abs() <= 2**-8 * got).all()
 
 
 @pytest.mark.parametrize("workspace", [2**29, TILE * TILE * 2], ids=["one block", "blocks"])
@@ -514,13 +607,15 @@ def test_arguments_are_checked():
         (dict(y=torch.zeros(4, 16).bfloat16()), "columns of x"),
         (dict(x=x[:0]), "rows"),
         (dict(row_bias=torch.zeros(4)), "row_bias has fewer elements"),
-        (dict(row_id=torch.zeros(128, dtype=torch.int64)), "ranges"),
+        (dict(row_id=torch.zeros(128, dtype=torch.int32)), "ranges"),
         (dict(triangular=True), "one x"),
     ):
         with pytest.raises(ValueError, match=what):
             _C.Block(**dict(x=x, y=x.clone(), logit_scale=one) | wrong)
     with pytest.raises(TypeError):
         _C.Block(x, x, one.double())  # never converted behind one's back
+    with pytest.raises(TypeError):
+        _C.Block(x, x, one, row_id=torch.zeros(128, dtype=torch.int64))
     with pytest.raises(ValueError, match="of positives"):
         _C.sweep(_C.Block(x, x, one), torch.zeros(1, 2, 1, 128), torch.zeros(128), torch.zeros(1, 128))
     with pytest.raises(ValueError, match="row_sums has fewer elements"):
