@@ -316,7 +316,7 @@ class _Arguments(NamedTuple):
 def _ids(vectors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if not vectors:
         return ()
-    id, *label = (_pad(v.to(torch.int64)) for v in vectors)
+    id, *label = (_pad(v.to(dtype)) for v, dtype in zip(vectors, (torch.int32, torch.int64)))
     tiles = id.unflatten(0, (-1, _C.TILE))
     return id, torch.stack([tiles.amin(1), tiles.amax(1)], 1), *label
 
