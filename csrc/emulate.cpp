@@ -1,8 +1,5 @@
 // The kernels on the CPU, for the tests: products by a plain loop, everything else by the code that the GPU runs
 // (lanes.h).
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -12,23 +9,19 @@
 namespace flashcl {
 namespace {
 
-float to_float(const void* p, int64_t i, bool half) {
-  return half ? __half2float(static_cast<const __half*>(p)[i])
-              : __bfloat162float(static_cast<const __nv_bfloat16*>(p)[i]);
+float element(const void* p, int64_t i, bool half) {
+  return half ? to_float(static_cast<const __half*>(p)[i]) : to_float(static_cast<const __nv_bfloat16*>(p)[i]);
 }
 
-void round_to(void* p, int64_t i, float value, bool half) {
-  if (half)
-    static_cast<__half*>(p)[i] = __float2half_rn(value);
-  else
-    static_cast<__nv_bfloat16*>(p)[i] = __float2bfloat16_rn(value);
+void set_element(void* p, int64_t i, float value, bool half) {
+  half ? round_to(static_cast<__half*>(p)[i], value) : round_to(static_cast<__nv_bfloat16*>(p)[i], value);
 }
 
 // Row `row` of x in float32, zeros past the end: what TMA does there.
 std::vector<float> row_of(const void* x, int64_t stride, int row, int size, int D, bool half) {
   std::vector<float> out(D, 0.0f);
   if (row < size)
-    for (int k = 0; k < D; ++k) out[k] = to_float(x, row * stride + k, half);
+    for (int k = 0; k < D; ++k) out[k] = element(x, row * stride + k, half);
   return out;
 }
 
@@ -63,7 +56,7 @@ void store(const Output& out, const Block& b, Place tile, const Fragments& acc) 
           for (int lane = 0; lane < 32; ++lane) {
             const int64_t i = tile.n * TILE + Fragment::row(warp, lane, r),
                           j = tile.m * TILE + Fragment::col(lane, chunk, q);
-            round_to(out.g, i * out.stride + j, by * acc.of_warp[warp][Fragment::place(r, chunk, q)].v[lane], b.half);
+            set_element(out.g, i * out.stride + j, by * acc.of_warp[warp][Fragment::place(r, chunk, q)].v[lane], b.half);
           }
 }
 
@@ -113,6 +106,21 @@ void emulate_fold(const FoldArgs& args) {
       for (int folder = 0; folder < FOLDERS; ++folder) parts[folder] = fold_part(args, k, i, folder);
       fold_parts(args, k, i, parts);
     }
+}
+
+void emulate_partner_products(const PartnerArgs& args) {
+  for (int64_t i = 0; i < args.N; ++i) {
+    double sum[32];
+    for (int lane = 0; lane < 32; ++lane) sum[lane] = partner_part(args, i, lane);
+    for (int mask = 16; mask > 0; mask /= 2)
+      for (int lane = 0; lane < mask; ++lane) sum[lane] += sum[lane + mask];
+    args.out[i] = sum[0];
+  }
+}
+
+void emulate_finish(const FinishArgs& args) {
+  for (int64_t i = 0; i < args.R; ++i)
+    for (int lane = 0; lane < 32; ++lane) finish_part(args, i, lane);
 }
 
 }  // namespace flashcl

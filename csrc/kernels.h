@@ -4,6 +4,7 @@
 
 #include "fold.h"
 #include "grad.h"
+#include "rows.h"
 #include "sigmoid.h"
 #include "sweep.h"
 
@@ -25,10 +26,14 @@ inline int launch_grad(const GradArgs&, void*) { return NOT_BUILT; }
 inline int launch_sigmoid(const SigmoidArgs&, void*) { return NOT_BUILT; }
 #endif
 int launch_fold(const FoldArgs& args, void* stream);
+int launch_partner_products(const PartnerArgs& args, void* stream);
+int launch_finish(const FinishArgs& args, void* stream);
 
 void emulate_sweep(const SweepArgs& args);
 void emulate_grad(const GradArgs& args);
 void emulate_sigmoid(const SigmoidArgs& args);
 void emulate_fold(const FoldArgs& args);
+void emulate_partner_products(const PartnerArgs& args);
+void emulate_finish(const FinishArgs& args);
 
 }  // namespace flashcl

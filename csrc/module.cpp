@@ -264,6 +264,61 @@ void fold(const Array<const float>& sums, const Statistics& out, bool first, boo
     call(args, out.device_type() == nb::device::cpu::value, stream, flashcl::emulate_fold, flashcl::launch_fold);
 }
 
+// ---- rows ----
+
+using Output = nb::ndarray<nb::ndim<2>>;
+
+template <class Array>
+flashcl::Rows rows(const Array& x, const char* name) {
+  const auto code = nb::dlpack::dtype_code(x.dtype().code);
+  const bool brain = code == nb::dlpack::dtype_code::Bfloat, floating = code == nb::dlpack::dtype_code::Float;
+  const int bits = x.dtype().bits;
+  require(bits == 16 && (brain || floating) || bits == 32 && floating,
+          std::string(name) + " must be bfloat16, float16 or float32");
+  require(x.stride(1) == 1 || x.shape(1) == 1, std::string(name) + " must have contiguous rows");
+  require(x.shape(0) < 1u << 31 && x.shape(1) < 1u << 30, std::string(name) + " is too large");
+  const int64_t stride = x.shape(0) > 1 ? x.stride(0) : int64_t(x.shape(1));
+  const bool aligned = reinterpret_cast<uintptr_t>(x.data()) % 16 == 0 && stride * bits % 128 == 0;
+  const auto type = brain ? flashcl::Type::BFLOAT16 : bits == 16 ? flashcl::Type::FLOAT16 : flashcl::Type::FLOAT32;
+  return {const_cast<void*>(static_cast<const void*>(x.data())), stride, type, aligned};
+}
+
+// `shift` as a number of rows down, less than `size`.
+int64_t wrapped(int64_t shift, int64_t size) { return size ? (shift % size + size) % size : 0; }
+
+void partner_products(const Matrix& x, const Matrix& y, int64_t shift, const Array<double>& out, uintptr_t stream) {
+  const int64_t N = x.shape(0), M = y.shape(0);
+  const flashcl::PartnerArgs args{rows(x, "x"), rows(y, "y"), Reader{x.device_type(), x.device_id()}(out, N, "out"),
+                                  N, M, wrapped(shift, M), int(x.shape(1))};
+  require(args.x.type != flashcl::Type::FLOAT32 && x.dtype() == y.dtype(), "x and y must be both of one 16-bit type");
+  require(x.shape(1) == y.shape(1) && (M > 0 || N == 0), "y must have the columns of x, and rows");
+  require(y.device_type() == x.device_type() && y.device_id() == x.device_id(), "y is on another device");
+  if (N > 0)
+    call(args, x.device_type() == nb::device::cpu::value, stream, flashcl::emulate_partner_products,
+         flashcl::launch_partner_products);
+}
+
+void finish(const Matrix& acc, const Maybe<Matrix>& other, const Maybe<Floats>& weight, int64_t shift,
+            const Floats& scale, const Output& out, uintptr_t stream) {
+  const Reader read{acc.device_type(), acc.device_id()};
+  const int64_t R = acc.shape(0), C = other ? other->shape(0) : 0, n = weight ? weight->size() : 0;
+  const flashcl::FinishArgs args{rows(acc, "acc"), other ? rows(*other, "other") : flashcl::Rows{}, rows(out, "out"),
+                                 read(weight, n, "weight"), read(scale, 1, "scale"), R, C, n, wrapped(shift, C),
+                                 int(acc.shape(1))};
+  require(args.acc.type == flashcl::Type::FLOAT32, "acc must be float32");
+  require(out.shape(0) == acc.shape(0) && out.shape(1) == acc.shape(1), "out must have the shape of acc");
+  require(out.device_type() == acc.device_type() && out.device_id() == acc.device_id(), "out is on another device");
+  require(!other == !weight && n <= R && (C > 0 || n == 0), "other comes with weights, of no more rows than acc has");
+  if (other) {
+    require(args.other.type != flashcl::Type::FLOAT32 && other->shape(1) == acc.shape(1),
+            "other must be bfloat16 or float16, with the columns of acc");
+    require(other->device_type() == acc.device_type() && other->device_id() == acc.device_id(),
+            "other is on another device");
+  }
+  if (R > 0)
+    call(args, acc.device_type() == nb::device::cpu::value, stream, flashcl::emulate_finish, flashcl::launch_finish);
+}
+
 // ---- for the tests ----
 
 // The tiles (unit, rank, n, m, wanted) of a walk over n x m tiles, in order.
@@ -335,6 +390,11 @@ NB_MODULE(_C, m) {
         fold(sums, out, false, false, stream);
       },
       "sums"_a.noconvert(), "out"_a.noconvert(), "stream"_a);
+  m.def("partner_products", &partner_products, "x"_a.noconvert(), "y"_a.noconvert(), "shift"_a, "out"_a.noconvert(),
+        "stream"_a = 0, "out_i = <x_i, y_j> with j = (i + shift) mod M, summed in float64.");
+  m.def("finish", &finish, "acc"_a.noconvert(), "other"_a.noconvert().none(), "weight"_a.noconvert().none(), "shift"_a,
+        "scale"_a.noconvert(), "out"_a.noconvert(), "stream"_a = 0,
+        "out_i = scale (acc_i + weight_i other_j) with j = (i + shift) mod C; without a weight scale acc_i.");
 
   m.attr("TILE") = TILE;
   m.def("schedule", &schedule, "tiles_n"_a, "tiles_m"_a, "triangular"_a, "For tests: the walk over the tiles.");

@@ -537,6 +537,110 @@ def test_ranges_of_infinities_share_no_exp():
     assert ((got - (s - 2).exp()).abs() <= 2**-8 * got).all()
 
 
+# ---- rows ----------------------------------------------------------------------------------------------------------------
+
+
+ROWS = [(1, 1, 1, 0), (1, 1, 24, 5), (5, 7, 8, 3), (7, 5, 300, -2), (33, 33, 13, 32), (9, 40, 257, 39), (3, 3, 1000, 1)]
+
+
+def rows_of(n, d, dtype, how, seed=0):
+    """(n, d) side by side, with gaps between the rows, at an odd address, or one row n times."""
+    wide = torch.randn(n, d + 11, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return dict(
+        contiguous=wide[:, :d].contiguous(),
+        strided=torch.cat([wide, wide[:, :5]], 1)[:, :d] if d % 8 else wide[:, :d],
+        shifted=wide[:, 3 : d + 3],
+        expanded=wide[:1, :d].expand(n, d),
+    )[how]
+
+
+LAYOUTS = ["contiguous", "strided", "shifted", "expanded"]
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_partner_products(dtype, how):
+    for N, M, D, shift in ROWS:
+        x, y = rows_of(N, D, dtype, how), rows_of(M, D, dtype, "contiguous", seed=1)
+        out = torch.full((N,), torch.nan, dtype=torch.float64)
+        _C.partner_products(x, y, shift, out)
+        partner = (torch.arange(N) + shift) % M
+        want = (x.double() * y.double()[partner]).sum(1)
+        assert (out - want).abs().max() <= 1e-14 * D  # products of 16 bits are exact in float32
+
+
+def test_partner_products_of_rows_that_are_not_finite():
+    x, y = torch.randn(2, 40, 20).bfloat16()
+    x[3, 19], y[7, 0], x[11, 2] = torch.nan, torch.inf, -torch.inf
+    out = torch.empty(40, dtype=torch.float64)
+    _C.partner_products(x, y, 1, out)
+    want = (x.double() * y.double().roll(-1, 0)).sum(1)
+    assert_close(out, want, 1e-14)
+    assert (~out.isfinite()).nonzero().flatten().tolist() == [3, 6, 11]
+    _C.partner_products(x[:0], y, 1, out)  # nothing to do
+
+
+@pytest.mark.parametrize("how", LAYOUTS)
+@pytest.mark.parametrize("to", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_finish(dtype, to, how):
+    for R, C, D, shift in ROWS:
+        acc, other = torch.randn(R, D), rows_of(C, D, dtype, how)
+        for n in {R, R // 2}:
+            weight, scale = torch.randn(n), torch.tensor([-0.7])
+            out = torch.full((R, D + 8), torch.nan, dtype=to)
+            _C.finish(acc, other, weight, shift, scale, out[:, :D])
+            want = acc.double()
+            want[:n] += weight.double()[:, None] * other.double()[(torch.arange(n) + shift) % C]
+            want *= scale.double()
+            size = acc.double().abs() + (want / scale.double() - acc.double()).abs()  # of what is added
+            assert ((out[:, :D].double() - want).abs() <= torch.finfo(to).eps / 2 * want.abs() + 2e-7 * size + 1e-7).all()
+            assert out[:, D:].isnan().all()
+
+
+def test_finish_in_place_without_partners_and_with_rows_that_are_not_finite():
+    acc, other, scale = torch.randn(20, 12), torch.randn(9, 12).bfloat16(), torch.tensor([2.0])
+    before, weight = acc.clone(), torch.randn(12)
+    weight[5], other[(3 + 4) % 9] = torch.nan, torch.inf
+    _C.finish(acc, other, weight, 4, scale, acc)
+    want = before.double()
+    want[:12] += weight.double()[:, None] * other.double()[(torch.arange(12) + 4) % 9]
+    assert_close(acc, want * 2, 1e-6)
+    assert (~acc.isfinite()).any(1).nonzero().flatten().tolist() == [3, 5]
+
+    out = torch.empty(20, 12, dtype=torch.float16)
+    _C.finish(before, None, None, 0, scale, out)
+    assert torch.equal(out, (before * 2).half())
+    _C.finish(before[:0], other, weight[:0], 3, scale, out[:0])
+    _C.finish(before, other[:0], weight[:0], 0, scale, out)
+    assert torch.equal(out, (before * 2).half())
+
+
+def test_rows_are_checked():
+    x, y, one = torch.zeros(4, 8).bfloat16(), torch.zeros(5, 8).bfloat16(), torch.ones(1)
+    acc, wide = torch.zeros(4, 8), torch.zeros(4, dtype=torch.float64)
+    for wrong, what in (
+        (dict(x=acc, y=torch.zeros(5, 8)), "16-bit"),
+        (dict(x=x.half()), "16-bit"),
+        (dict(y=y[:, :7]), "columns of x"),
+        (dict(y=y[:0]), "and rows"),
+        (dict(x=torch.zeros(8, 4).bfloat16().T), "contiguous"),
+        (dict(out=wide[:3]), "fewer elements"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            _C.partner_products(**dict(x=x, y=y, shift=0, out=wide) | wrong)
+    for wrong, what in (
+        (dict(acc=x), "acc must be float32"),
+        (dict(out=x[:3]), "shape of acc"),
+        (dict(other=acc), "other must be"),
+        (dict(weight=torch.ones(5)), "no more rows"),
+        (dict(weight=None), "comes with"),
+        (dict(out=torch.zeros(4, 8, dtype=torch.float64)), "out must be"),
+    ):
+        with pytest.raises(ValueError, match=what):
+            _C.finish(**dict(acc=acc, other=y, weight=torch.ones(4), shift=0, scale=one, out=x) | wrong)
+
+
 @pytest.mark.parametrize("workspace", [2**29, TILE * TILE * 2], ids=["one block", "blocks"])
 @pytest.mark.parametrize("program", CLASSES)
 def test_triangular(program, workspace):
