@@ -27,7 +27,7 @@ struct Rows {
 struct PartnerArgs {
   Rows x, y;    // (N, D), (M, D), 16 bits
   double* out;  // (N,)
-  int64_t N, M, shift;
+  int64_t N, M, shift;  // 0 <= shift < M
   int D;
 };
 
@@ -35,7 +35,7 @@ struct PartnerArgs {
 struct FinishArgs {
   Rows acc, other, out;         // (R, D) float32, (C, D) 16 bits, (R, D); out may be acc
   const float *weight, *scale;  // (n,), (1,)
-  int64_t R, C, n, shift;
+  int64_t R, C, n, shift;       // 0 <= shift < C
   int D;
 };
 
@@ -105,10 +105,13 @@ FLASHCL_BOTH void store(const Rows& x, int64_t row, int k, int D, const float (&
 
 // ---- what a lane does ----
 
+// (i + shift) mod size. All three are below 2^31, so that 32 bits hold the sum: a division of 64 is a call.
+FLASHCL_BOTH int64_t partner_of(int64_t i, int64_t shift, int64_t size) { return uint32_t(i + shift) % uint32_t(size); }
+
 // Its share of a product. Products of 16 bits are exact in float32, and so are their sums in float64, but for a few
 // last bits: errors of a positive logit are not made up for by anything.
 FLASHCL_BOTH double partner_part(const PartnerArgs& a, int64_t i, int lane) {
-  const int64_t j = (i + a.shift) % a.M;
+  const int64_t j = partner_of(i, a.shift, a.M);
   double sum = 0;
   for (int k = lane * VECTOR; k < a.D; k += 32 * VECTOR) {
     float x[VECTOR], y[VECTOR];
@@ -122,7 +125,7 @@ FLASHCL_BOTH double partner_part(const PartnerArgs& a, int64_t i, int lane) {
 
 FLASHCL_BOTH void finish_part(const FinishArgs& a, int64_t i, int lane) {
   const bool has = i < a.n;
-  const int64_t j = has ? (i + a.shift) % a.C : 0;
+  const int64_t j = has ? partner_of(i, a.shift, a.C) : 0;
   const float weight = has ? a.weight[i] : 0.0f, scale = *a.scale;
   for (int k = lane * VECTOR; k < a.D; k += 32 * VECTOR) {
     float acc[VECTOR], other[VECTOR];

@@ -142,3 +142,13 @@ def test_shared_memory(kernel):
     """Six stages of x and y, or four and two tiles of G, of 32 KiB each; beside them what epilogues and barriers share."""
     beside = {"sweep": 11, "sweep by label": 23, "grad": 8, "grad by label": 12, "sigmoid": 6}[kernel]
     assert _C.shared_memory()[kernel] == (6 * 32 + beside) * 2**10 <= 227 * 2**10
+
+
+@pytest.mark.parametrize("kernel, stores", [("partner_products", "STG.E.64"), ("finish", "STG.E.128")])
+def test_rows_move_16_bytes_at_a_time(kernel, stores):
+    names = [name for name in sass() if f"{len(kernel)}{kernel}E" in name]
+    assert len(names) == 1
+    (used,) = (v for (name, arch), v in resources().items() if name == names[0])
+    assert used["stack"] == used["spill_stores"] == used["spill_loads"] == 0 and used["registers"] <= 80
+    opcodes = {re.sub(r"^@\S+\s+", "", line).split()[0] for line in sass()[names[0]]}
+    assert opcodes >= {"LDG.E.128", stores} and not any(op.startswith(("LDL", "STL", "CALL", "ATOM")) for op in opcodes)
