@@ -11,7 +11,9 @@ import flashcl
 from flashcl import contract
 from flashcl.engine import dispatch
 
-SHAPES = [(1, 1), (67, 40), (131, 72)]  # (N, D); M > N where a loss takes it
+# (N, D); M > N where a loss takes it. The last is the smallest that gives CTAs of the CUDA kernels several tiles, so that
+# both of their consumers work and the stages of a pipeline are filled more than once.
+SHAPES = [(1, 1), (67, 40), (131, 72), (1300, 264)]
 
 
 def main() -> None:
