@@ -104,7 +104,7 @@ def problem(program, dtype, N, triangular=False, biased=False):
 
 def softmax(p):
     weight, offset = torch.empty(p.classes, len(p.x)), torch.empty(len(p.x)) if p.classes == 2 else None
-    lse = LogSumExp(weight, weight)
+    lse = LogSumExp(torch.empty(p.classes, 2, len(p.x)))
     if p.triangular:
         return Softmax(weight, lse, row_offset=offset)
     return Softmax(weight, lse, weight, lse, offset, offset)

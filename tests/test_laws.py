@@ -15,7 +15,7 @@ LONGEST = 600
 MAY_IMPORT = {
     "flashcl.losses": {"flashcl.losses.common", "flashcl.engine", "flashcl.checks"},
     "flashcl.engine": {"flashcl.engine", "flashcl.backends"},
-    "flashcl.backends": {"flashcl.backends.gemm", "flashcl.engine.problem", "flashcl.triton_kernels", "flashcl._C"},
+    "flashcl.backends": {"flashcl.backends.gemm", "flashcl.backends.tiled", "flashcl.engine.problem", "flashcl.triton_kernels", "flashcl._C"},
     "flashcl.backends.gemm": set(),
     "flashcl.reference": set(),
     "flashcl.checks": set(),

@@ -22,7 +22,7 @@ SPREAD = tl.constexpr(8.0)
 class Side(NamedTuple):
     """The coefficients of G along the rows or along the columns, rounded up to whole tiles.
 
-    Lines past the edge and lines without pairs have weight 0 and lse +inf: G = 0.
+    Lines past the edge have weight 0 and lse +inf: G = 0. Of a line without pairs lse is -inf, and G is 0 whatever its weight.
     """
 
     weight: Any  # (K, n) float32
@@ -43,9 +43,21 @@ class Sums(NamedTuple):
 
 @triton.jit
 def load_side(side, k, i):
-    """weight and lse of class k"""
+    """weight and lse of class k; 0 and +inf of lines without pairs"""
     at = k * side.stride + i
-    return tl.load(side.weight + at), tl.load(side.lse + at)
+    weight, lse = tl.load(side.weight + at), tl.load(side.lse + at)
+    empty = lse == float("-inf")
+    return tl.where(empty, 0.0, weight), tl.where(empty, float("inf"), lse)
+
+
+@triton.jit
+def any_nan(side, i, K: tl.constexpr):
+    """Whether a coefficient of the lines i is NaN."""
+    count = tl.zeros_like(i)
+    for k in tl.static_range(K):
+        weight, lse = load_side(side, k, i)
+        count += ((weight != weight) | (lse != lse)).to(tl.int32)
+    return tl.max(count) > 0
 
 
 @triton.jit
@@ -149,7 +161,6 @@ def grad_kernel(
     block, row, col,  # Block, Side, Side; col is looked at with COLS only, and not where TRIANGULAR
     g_block, g_stride,  # lift * G goes to g_block (N, M rounded up to whole tiles), rows g_stride apart; or None
     lift,  # (1,) float32, or None
-    nan,  # (1,) int32: whether a coefficient is NaN; None where SIGMOID
     sums,  # Sums
     DROP: tl.constexpr, POSITIVE: tl.constexpr, SIGMOID: tl.constexpr, COLS: tl.constexpr, TRIANGULAR: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -176,7 +187,13 @@ def grad_kernel(
             g = symmetric_g(s, positive, row, n, m, tile_n == tile_m)
         else:
             g = softmax_g(s, positive, row, col, n, m, COLS)
-        if tl.load(nan) != 0:  # exp(-inf) is 0, but 0 times the NaN of a line is not
+        K: tl.constexpr = 1 if POSITIVE is None else 2
+        nan = any_nan(row, n, K)
+        if TRIANGULAR:
+            nan |= any_nan(row, m, K)
+        elif COLS:
+            nan |= any_nan(col, m, K)
+        if nan:  # exp(-inf) is 0, but 0 times the NaN of a line is not
             g = DROP(g, load_vectors(block.rows, n), load_vectors(block.cols, m), 0.0)  # again: not to keep them until here
 
     if row.offset is not None:
@@ -214,7 +231,6 @@ def grad(
     col: Side | None,
     g: Tensor | None,  # (N, M rounded up to whole tiles): what lies past the edges is undefined
     lift: Tensor | None,  # (1,) float32, a power of two: what is written is lift * G
-    nan: Tensor | None,  # (1,) int32: whether row or col hold a NaN; None with sigmoid coefficients
     sums: Sums,
     program: Program,
     triangular: bool,
@@ -224,7 +240,7 @@ def grad(
     a, b, tma = operands(x, y, tile)
     with on(x.device):
         grad_kernel[grid(block, tile, triangular)](
-            a, b, block, row, col, g, 0 if g is None else g.stride(0), lift, nan, sums,
+            a, b, block, row, col, g, 0 if g is None else g.stride(0), lift, sums,
             DROP=program.drop, POSITIVE=program.positive, SIGMOID=row.lse is None, COLS=col is not None, TRIANGULAR=triangular,
             **options(tile, tma),
         )  # fmt: skip

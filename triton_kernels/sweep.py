@@ -196,10 +196,22 @@ def sweep_kernel(
 
 
 @triton.jit
+def log_sum_exp(top, total):
+    """top + log(total) as a rounded number and what the rounding has lost: the exact error of a sum (Knuth, 4.2.2, theorem B)."""
+    log_total = tl.log(total)
+    lse = top + log_total
+    added = lse - top
+    lost = (top - (lse - added)) + (log_total - added)
+    lost = tl.where(tl.abs(lse) < float("inf"), lost, 0.0)
+    return tl.where(total == total, lse, total), lost  # a maximum on a GPU passes over NaN, a sum does not
+
+
+@triton.jit
 def fold_kernel(
     sums,  # (K, 2, T, stride) float32: of T tiles
-    out,  # (K, 2, n) float32, planes out_plane apart: of the tiles so far
+    out,  # (K, 2, n) float32, planes out_plane apart: of the tiles so far, top and total; after the LAST the log-sum-exp
     T, n, stride, out_plane,
+    FIRST: tl.constexpr, LAST: tl.constexpr,
     BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Merge top and total of T tiles into out, in one pass and in a fixed order."""
@@ -207,8 +219,11 @@ def fold_kernel(
     k = tl.program_id(1).to(tl.int64)
     out += 2 * k * out_plane + i
     sums += 2 * k * T * stride + i[None, :]
-    top = tl.load(out, mask=i < n, other=float("-inf"))  # (BC,)
-    total = tl.load(out + out_plane, mask=i < n, other=0.0)
+    if FIRST:
+        top, total = tl.full((BC,), float("-inf"), tl.float32), tl.zeros((BC,), tl.float32)
+    else:
+        top = tl.load(out, mask=i < n, other=float("-inf"))  # (BC,)
+        total = tl.load(out + out_plane, mask=i < n, other=0.0)
     for t in range(0, T, BT):
         j = t + tl.arange(0, BT)
         mask = (j < T)[:, None] & (i < n)[None, :]
@@ -219,6 +234,8 @@ def fold_kernel(
         shift = or_zero(highest)
         total = total * tl.exp(top - shift) + tl.sum(totals * tl.exp(tops - shift[None, :]), 0)
         top = highest
+    if LAST:
+        top, total = log_sum_exp(top, total)
     tl.store(out, top, mask=i < n)
     tl.store(out + out_plane, total, mask=i < n)
 
@@ -246,9 +263,14 @@ def sweep(
         )  # fmt: skip
 
 
-def fold(sums: Tensor, out: Tensor) -> None:
-    """Merge the statistics (K, 2, T, n rounded up) of T tiles into out (K, 2, n), whose last dimension is a slice."""
+def fold(sums: Tensor, out: Tensor, *, first: bool, last: bool) -> None:
+    """Merge the statistics (K, 2, T, n rounded up) of T tiles into out (K, 2, n), whose last dimension is a slice.
+
+    What out holds before the first call does not matter; after the last it is the log-sum-exp, rounded, and what that lost.
+    """
     K, _, T, stride = sums.shape
     n = out.shape[2]
     with on(out.device):
-        fold_kernel[triton.cdiv(n, 64), K](sums, out, T, n, stride, out.stride(1), BT=32, BC=64)
+        fold_kernel[triton.cdiv(n, 64), K](
+            sums, out, T, n, stride, out.stride(1), FIRST=first, LAST=last, BT=32, BC=64
+        )  # fmt: skip

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flashcl.backends import tiled
 from flashcl.backends.gemm import addmm_
 from flashcl.engine.problem import Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
 
@@ -59,9 +60,9 @@ def kept_elements(p: Problem) -> int:
 
 def sweep(p: Problem, *, need_cols: bool, keep: bool = False, workspace: int = WORKSPACE) -> Statistics:
     a = _Arguments.of(p)
-    row = _no_pairs(p, len(p.x))  # (K, 2, N)
-    col = row if p.triangular else _no_pairs(p, len(p.y)) if need_cols else None
-    deviation, col_deviation = _no_deviation(p.center, len(p.x)), _no_deviation(p.col_center, len(p.y))
+    row = tiled.room(p, len(p.x))
+    col = row if p.triangular else tiled.room(p, len(p.y)) if need_cols else None
+    deviation, col_deviation = tiled.no_deviation(p.center, len(p.x)), tiled.no_deviation(p.col_center, len(p.y))
     col_center, col_deviation = (a.center, deviation) if p.triangular else (a.col_center, col_deviation)
 
     def place(lines: int, tiles: int, center: Tensor | None) -> _Lines:
@@ -75,16 +76,15 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool = False, workspace: int = W
         if col is not None and not diagonal:
             cols = place(_whole(j), _tiles(i), None if col_center is None else col_center[j.start :])
         sides = (rows, row, deviation, i), (cols, col, col_deviation, j)
+        sides = list(zip(sides, tiled.first_and_last(p, i, j)))[: 1 if diagonal or col is None else 2]
         with _on(p.x.device) as stream:
             _C.sweep(a.block(i, j, diagonal), *rows, *cols, stream)
-            for lines, out, total, at in sides[: 1 if diagonal or col is None else 2]:
-                _C.fold(lines.sums, out[:, :, at], stream)
+            for (lines, out, total, at), (first, last) in sides:
+                _C.fold(lines.sums, out.parts[:, :, at], first, last, stream)
                 if total is not None:
-                    total[at] += lines.deviation.sum(0, dtype=torch.float64)[: at.stop - at.start]
+                    total[at].add_(lines.deviation.sum(0, dtype=torch.float64)[: at.stop - at.start])
     has_cols = need_cols and not p.triangular
-    return Statistics(
-        _log_sum_exp(row), _log_sum_exp(col) if has_cols else None, deviation, None if p.triangular else col_deviation
-    )
+    return Statistics(row, col if has_cols else None, deviation, None if p.triangular else col_deviation)
 
 
 class _Lines(NamedTuple):
@@ -93,22 +93,6 @@ class _Lines(NamedTuple):
     sums: Tensor | None  # (K, 2, tiles, lines)
     center: Tensor | None  # (lines,)
     deviation: Tensor | None  # (tiles, lines)
-
-
-def _no_deviation(center: Tensor | None, n: int) -> Tensor | None:
-    return None if center is None else torch.zeros(n, dtype=torch.float64, device=center.device)
-
-
-def _no_pairs(p: Problem, n: int) -> Tensor:
-    """top and total of every class, (K, 2, n), over no pair."""
-    sums = torch.zeros(p.classes, 2, n, dtype=torch.float32, device=p.x.device)
-    sums[:, 0] = -torch.inf
-    return sums
-
-
-def _log_sum_exp(sums: Tensor) -> LogSumExp:
-    top, total = sums.unbind(1)
-    return LogSumExp(torch.where(total.isnan(), total, top), total.log())  # a maximum on a GPU passes over NaN
 
 
 def _bytes_of_sums(p: Problem) -> float:
@@ -124,8 +108,31 @@ def sweep_softplus(p: Problem, *, workspace: int = WORKSPACE) -> Tensor:
         sums = ones.new_empty(_tiles(j), _whole(i))
         with _on(p.x.device) as stream:
             _C.sigmoid(a.block(i, j), ones, sums, stream=stream)
-        total[i] += sums.sum(0)[: i.stop - i.start]
+        total[i].add_(sums.sum(0)[: i.stop - i.start])
     return total
+
+
+# ---- one positive a row --------------------------------------------------------------------------------------------------
+
+
+def partner_products(x: Tensor, y: Tensor, shift: int) -> Tensor:
+    out = torch.empty(len(x), dtype=torch.float64, device=x.device)
+    with _on(x.device) as stream:
+        _C.partner_products(_rows(x), _rows(y), shift, out, stream)
+    return out
+
+
+def finish(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor) -> None:
+    if other is None:
+        torch.mul(acc, scale, out=out)
+        return
+    with _on(acc.device) as stream:
+        _C.finish(acc, _rows(other), weight.contiguous(), shift, scale.detach(), out, stream)
+
+
+def _rows(x: Tensor) -> Tensor:
+    x = x.detach()
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 # ---- grad ----------------------------------------------------------------------------------------------------------------
@@ -171,7 +178,7 @@ def grad(
 
         for total, part, at in ((g_rows, sums.g_rows, i), (g_cols, sums.g_cols, j), (row_sum, sums.softplus, i)):
             if total is not None:
-                total[at] += part.sum(0)[: at.stop - at.start]
+                total[at].add_(part.sum(0)[: at.stop - at.start])
         own = len(range(N)[i]) if p.triangular and i.start == j.start else 0  # columns of the strip that are its rows
         if need_scale:  # there G + G^T meets every pair twice
             twice, once = sums.scaled.split([-(-own // _C.TILE), _tiles(j) - -(-own // _C.TILE)], dim=1)
@@ -216,17 +223,10 @@ def _sides(p: Problem, c: Softmax | Sigmoid) -> tuple[_Side, _Side | None]:
 
 
 def _side(weight: Tensor, lse: LogSumExp, offset: Tensor | None) -> _Side:
-    """lse rounded to float32 for the kernel; what that loses, a factor of G near 1, goes to the weight."""
-    exact = lse.value()
-    rounded = exact.float()
-    lost = torch.where(exact.isfinite(), exact - rounded, 0.0)
-    weight = (weight * torch.exp(-lost)).float()
-    empty = lse.top == -torch.inf
-    weight, rounded = _pad(weight.masked_fill(empty, 0.0), 0.0), _pad(rounded.masked_fill(empty, torch.inf), torch.inf)
-    by_tile = rounded.unflatten(1, (-1, _C.TILE)).transpose(0, 1).flatten(1)  # (tiles, K * TILE)
-    finite = by_tile.masked_fill(by_tile == torch.inf, -torch.inf)
-    range = torch.stack([by_tile.amin(1), finite.amax(1)], 1)
-    return _Side(weight, rounded, range, None if offset is None else _pad(offset.float(), 0.0))
+    weight, top = _pad(tiled.folded_weight(weight, lse), 0.0), _pad(lse.top, torch.inf)
+    by_tile = top.unflatten(1, (-1, _C.TILE)).transpose(0, 1).flatten(1)  # (tiles, K * TILE)
+    range = torch.stack(by_tile.aminmax(dim=1), 1)
+    return _Side(weight, top, range, None if offset is None else _pad(offset.float(), 0.0))
 
 
 class _TileSums(NamedTuple):
@@ -265,14 +265,7 @@ def _launch(
 
 
 def _lift(row: _Side, col: _Side | None) -> Tensor:
-    """A power of two, (1,), that brings the largest possible |G| to 2^14: float16 ends at 2^16 and begins at 2^-24.
-
-    Computed on the device: the host must not wait for it. A NaN among the weights must not spoil the other rows.
-    """
-    vectors = [v for side in (row, col) if side is not None for v in (side.weight, side.offset) if v is not None]
-    largest = sum(v.nan_to_num(0.0, 0.0, 0.0).abs().amax() for v in vectors)
-    exponent = 14 - torch.log2(largest).ceil()
-    return torch.exp2(exponent.clamp(-100, 100)).reshape(1)  # exponent is inf where all weights are 0
+    return tiled.lift([v for side in (row, col) if side is not None for v in (side.weight, side.offset)])
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------------
@@ -297,7 +290,9 @@ class _Arguments(NamedTuple):
         y = x if p.triangular else _aligned(p.y)
         biases = (None if v is None else _pad(v.detach()) for v in (p.row_bias, p.col_bias))
         centers = (None if v is None else _pad(v) for v in (p.center, p.col_center))
-        return _Arguments(x, y, p.logit_scale.detach(), *biases, _ids(p.rows), _ids(p.cols), *centers)
+        rows = _ids(p.rows)
+        cols = rows if all(map(_same, p.rows, p.cols)) else _ids(p.cols)
+        return _Arguments(x, y, p.logit_scale.detach(), *biases, rows, cols, *centers)
 
     def block(self, i: slice, j: slice, triangular: bool = False) -> Any:
         """Rows i and columns j of S, whose starts are multiples of TILE."""
@@ -313,24 +308,20 @@ class _Arguments(NamedTuple):
         return _C.Block(self.x[i], self.y[j], self.logit_scale, row_bias, col_bias, **ids, triangular=triangular)
 
 
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two vectors are the same memory."""
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
 def _ids(vectors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if not vectors:
         return ()
     id, *label = (_pad(v.to(dtype)) for v, dtype in zip(vectors, (torch.int32, torch.int64)))
-    tiles = id.unflatten(0, (-1, _C.TILE))
-    return id, torch.stack([tiles.amin(1), tiles.amax(1)], 1), *label
+    return id, torch.stack(id.unflatten(0, (-1, _C.TILE)).aminmax(dim=1), 1), *label
 
 
 def _pad(v: Tensor, value: float | None = None) -> Tensor:
-    """v (..., n), contiguous, with n rounded up to whole tiles: loads need no mask then.
-
-    What is added is `value`, or the last element again: ids beyond it could make a tile look for equal ones.
-    """
-    missing = -v.shape[-1] % _C.TILE
-    if missing == 0:
-        return v.contiguous()
-    last = v[..., -1:] if value is None else v.new_full((), value)
-    return torch.cat([v, last.expand(*v.shape[:-1], missing)], dim=-1)
+    return tiled.pad(v, _C.TILE, value)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -366,37 +357,17 @@ def _whole(lines: slice) -> int:
 
 
 def _blocks(p: Problem, cells: float) -> Iterator[tuple[slice, slice]]:
-    """Rows and columns of the blocks of S, at most `cells` logits each; of S = S^T those on and above the diagonal.
-
-    They are as square as the matrix allows: a block of R rows and C columns adds to R rows of dx and to C rows of dy, so
-    that accumulation costs 1 / R + 1 / C per logit.
-    """
-    N, M = len(p.x), len(p.y)
-    edge = math.isqrt(int(cells))
-    rows = _pieces(slice(0, N), max(edge, int(cells) // max(M, 1)))
-    for i in rows:
-        for j in rows if p.triangular else _pieces(slice(0, M), max(edge, int(cells) // max(N, 1))):
-            if not p.triangular or j.start >= i.start:
-                yield i, j
+    return tiled.blocks(p, cells, _C.TILE)
 
 
 def _strips(p: Problem, cells: float) -> Iterator[tuple[slice, slice]]:
     """The same, with strips in place of the blocks on the diagonal of S = S^T: each goes from its diagonal to the right."""
     for i, j in _blocks(p, cells):
         if p.triangular and i == j:
-            for strip in _pieces(i, -(-(i.stop - i.start) // _STRIPS)):
+            for strip in tiled.pieces(i, -(-(i.stop - i.start) // _STRIPS), _C.TILE):
                 yield strip, slice(strip.start, i.stop)
         else:
             yield i, j
-
-
-def _pieces(lines: slice, limit: int) -> list[slice]:
-    """`lines` in pieces of about equal length, at most `limit` but at least a tile, of whole tiles."""
-    size = lines.stop - lines.start
-    limit = max(limit // _C.TILE, 1) * _C.TILE
-    count = max(-(-size // limit), 1)
-    length = max(-(-size // (count * _C.TILE)), 1) * _C.TILE
-    return [slice(at, min(at + length, lines.stop)) for at in range(lines.start, lines.stop, length)]
 
 
 # ---- self-check ----------------------------------------------------------------------------------------------------------

@@ -136,8 +136,10 @@ def _classes(program: str, rows: list[Tensor], cols: list[Tensor]) -> _Classes:
 
 def _equal(row_id: Tensor, col_id: Tensor) -> Tensor | None:
     # Ids mostly are row numbers: then only the tiles on the diagonal have equal ones. Only a CPU may look.
-    if row_id.device.type == "cpu" and (row_id.max() < col_id.min() or col_id.max() < row_id.min()):
-        return None
+    if row_id.device.type == "cpu":
+        (row_first, row_last), (col_first, col_last) = row_id.aminmax(), col_id.aminmax()
+        if row_last < col_first or col_last < row_first:
+            return None
     return row_id[:, None] == col_id
 
 
@@ -167,9 +169,10 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool) -> Statistics:
                 if of_cols is not None:
                     in_cols[k].append(of_cols)
         for k in range(p.classes):
-            row.add(k, i, *_fold(in_rows[k]))
+            row.add(k, i, in_rows[k], first=i.start == 0 or not p.triangular)
             if in_cols[k]:
-                col.add(k, slice(i.stop if p.triangular else 0, len(p.y)), *map(torch.cat, zip(*in_cols[k])))
+                own = tuple(map(torch.cat, zip(*in_cols[k])))
+                col.add(k, slice(i.stop if p.triangular else 0, len(p.y)), [own], first=i.start == 0)
     return Statistics(row.result(), col.result() if need_cols else None, deviation, col_deviation, kept)
 
 
@@ -197,15 +200,18 @@ class _Running:
         # float64: one more rounding per tile would show in a row of many tiles.
         self.total = torch.zeros(p.classes, n, dtype=torch.float64, device=p.x.device)  # sum of exp(s - top)
 
-    def add(self, k: int, block: slice, top: Tensor, total: Tensor) -> None:
-        self.top[k, block], self.total[k, block] = _fold([(self.top[k, block], self.total[k, block]), (top, total)])
+    def add(self, k: int, block: slice, parts: list[tuple[Tensor, Tensor]], *, first: bool) -> None:
+        so_far = [] if first else [(self.top[k, block], self.total[k, block])]
+        self.top[k, block], self.total[k, block] = _fold([*so_far, *parts])
 
     def result(self) -> LogSumExp:
-        return LogSumExp(self.top, self.total.log_().to(self.top.dtype))
+        return LogSumExp.of(self.top, self.total.log_().to(self.top.dtype))
 
 
 def _fold(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """(top, total) each (B,), total a sum of exp(s - top), of several parts as one."""
+    if len(parts) == 1:
+        return parts[0]
     tops, totals = (torch.stack(v) for v in zip(*parts))  # (P, B)
     top = tops.amax(0)
     decay = torch.where(tops == top, 1.0, torch.exp((tops - top).double()))  # inf - inf is 0 here
@@ -242,6 +248,35 @@ def sweep_softplus(p: Problem) -> Tensor:
 def softplus(s: Tensor) -> Tensor:
     # PyTorch's default threshold of 20 returns s itself beyond it: an error of 2e-9, which float64 sees.
     return F.softplus(s, threshold=50.0)
+
+
+# ---- one positive a row --------------------------------------------------------------------------------------------------
+
+
+def partner_products(x: Tensor, y: Tensor, shift: int) -> Tensor:
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    out = torch.empty(len(x), dtype=torch.float64, device=x.device)
+    for i, j in _partners(len(x), y, shift):
+        out[i] = (x[i].to(dtype) * y[j].to(dtype)).sum(1, dtype=torch.float64)
+    return out
+
+
+def finish(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor) -> None:
+    if other is not None:
+        for i, j in _partners(len(weight), other, shift):
+            acc[i].addcmul_(other[j].to(acc.dtype), weight[i, None])
+    torch.mul(acc, scale, out=out)
+
+
+def _partners(rows: int, y: Tensor, shift: int) -> Iterator[tuple[slice, slice]]:
+    """Slices i of the rows and j of y, j = (i + shift) mod M, of 2 MiB of float32 on a CPU: y is widened a slice at a time."""
+    (M, D), start = y.shape, 0
+    limit = max((2**24 if y.is_cuda else 2**19) // D, 1)
+    while start < rows:
+        j = (start + shift) % M
+        size = min(limit, rows - start, M - j)
+        yield slice(start, start + size), slice(j, j + size)
+        start += size
 
 
 # ---- grad ----------------------------------------------------------------------------------------------------------------
@@ -312,11 +347,10 @@ def grad(
 
 
 class _Side(NamedTuple):
-    """The coefficients of the rows, or of the columns, of a block."""
+    """The coefficients of the rows, or of the columns, of a block: weight exp(s - lse), less offset."""
 
     weight: Tensor  # (K, B)
-    top: Tensor  # (K, B)
-    rest: Tensor  # (K, B)
+    lse: Tensor  # (K, B)
     offset: Tensor | None  # (B,)
 
     @staticmethod
@@ -324,15 +358,14 @@ class _Side(NamedTuple):
         if weight is None:
             return None
         # exp(s - inf) = 0: a row without pairs has no gradient, where exp(-inf - -inf) would be NaN.
-        empty = lse.top == -torch.inf
-        return _Side(weight, lse.top.masked_fill(empty, torch.inf), lse.rest.masked_fill(empty, 0.0), offset)
+        return _Side(weight * torch.exp(-lse.rest), lse.top.masked_fill(lse.top == -torch.inf, torch.inf), offset)
 
     def at(self, block: slice) -> _Side:
         return _Side(*(None if v is None else v[..., block] for v in self))
 
     def range(self, k: int) -> tuple[float, float]:
         """The smallest and the largest log-sum-exp of class k. Only a CPU may look."""
-        lse = self.top[k] + self.rest[k]
+        lse = self.lse[k]
         return lse.min().item(), lse.masked_fill(lse == torch.inf, -torch.inf).max().item()
 
 
@@ -350,16 +383,16 @@ def _softmax_tile(s: Tensor, positive: Tensor | None, free: Tensor, row: _Side, 
 
 def _weighted_exp(s: Tensor, free: Tensor, row: _Side, col: _Side | None, k: int) -> Tensor:
     """row.weight_i exp(s_ij - row.lse_i) + col.weight_j exp(s_ij - col.lse_j) of class k, (BN, BM), in place of s."""
-    top, rest, weight = row.top[k], row.rest[k], row.weight[k]  # (BN,)
+    lse, weight = row.lse[k], row.weight[k]  # (BN,)
     if col is None:
-        return s.sub_(top[:, None]).exp_().mul_((weight * torch.exp(-rest))[:, None])
-    col_top, col_rest, col_weight = col.top[k], col.rest[k], col.weight[k]  # (BM,)
+        return s.sub_(lse[:, None]).exp_().mul_(weight[:, None])
+    col_lse, col_weight = col.lse[k], col.weight[k]  # (BM,)
     if s.device.type == "cpu" and (low := _common_shift(row.range(k), col.range(k))) is not None:
-        a = (weight * torch.exp((low - top.double()) - rest)).to(s.dtype)
-        b = (col_weight * torch.exp((low - col_top.double()) - col_rest)).to(s.dtype)
+        a = weight * torch.exp(low - lse.double()).to(s.dtype)
+        b = col_weight * torch.exp(low - col_lse.double()).to(s.dtype)
         return s.sub_(low).exp_().mul_(torch.add(a[:, None], b, out=free))
-    torch.sub(s, top[:, None], out=free).sub_(rest[:, None]).exp_().mul_(weight[:, None])
-    return s.sub_(col_top).sub_(col_rest).exp_().mul_(col_weight).add_(free)
+    torch.sub(s, lse[:, None], out=free).exp_().mul_(weight[:, None])
+    return s.sub_(col_lse).exp_().mul_(col_weight).add_(free)
 
 
 def _common_shift(row: tuple[float, float], col: tuple[float, float]) -> float | None:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import torch
 import triton
 from torch import Tensor
 
+from flashcl.backends import tiled
 from flashcl.backends.gemm import addmm_
 from flashcl.engine.problem import Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
-from flashcl.triton_kernels import config, grad as grad_kernels, sweep as sweep_kernels
+from flashcl.triton_kernels import config, grad as grad_kernels, rows as row_kernels, sweep as sweep_kernels
 from flashcl.triton_kernels.grad import Side, Sums
 from flashcl.triton_kernels.programs import PROGRAMS
 from flashcl.triton_kernels.sweep import Lines
@@ -47,6 +47,10 @@ class Plan:
         row = config.row(_arch(p.x.device), kernel, p.x.dtype)
         return cls(row.tile, row.square)
 
+    def step(self) -> int:
+        """Blocks begin at multiples of this."""
+        return max(self.tile.BN, self.tile.BM, self.square.BN)
+
 
 def _many_vectors(p: Problem) -> bool:
     return p.classes == 2 or p.row_bias is not None or p.col_bias is not None
@@ -69,12 +73,13 @@ def kept_elements(p: Problem) -> int:
 def sweep(p: Problem, *, need_cols: bool, keep: bool = False, plan: Plan | None = None) -> Statistics:
     plan = plan or Plan.of(p, "sweep2" if _many_vectors(p) else "sweep")
     p, program = _loadable(p), PROGRAMS[p.program]
-    row = _no_pairs(p, len(p.x))  # (K, 2, N)
-    col = row if p.triangular else _no_pairs(p, len(p.y)) if need_cols else None
+    row = tiled.room(p, len(p.x))
+    col = row if p.triangular else tiled.room(p, len(p.y)) if need_cols else None
     sides = (p.center, len(p.x)), (p.col_center, len(p.y))
-    deviation, col_deviation = (_no_deviation(center, n) for center, n in sides)
+    deviation, col_deviation = (tiled.no_deviation(center, n) for center, n in sides)
 
-    for i, j, diagonal in _blocks(p, plan, cells=plan.workspace / _bytes_of_sums(p, plan)):
+    for i, j in tiled.blocks(p, plan.workspace / _bytes_of_sums(p, plan), plan.step()):
+        diagonal = p.triangular and i == j
         tile = plan.square if diagonal else plan.tile
         x, y, block = _block(p, i, j)
         tiles_n, tiles_m = triton.cdiv(block.N, tile.BN), triton.cdiv(block.M, tile.BM)
@@ -83,28 +88,13 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool = False, plan: Plan | None 
         cols = None if col is None else rows if diagonal else _lines(p, col_center, tiles_n, tiles_m * tile.BM, j)
         sweep_kernels.sweep(x, y, block, rows, cols, None, program, diagonal, tile)
         sides = (rows, row, deviation, i), (cols, col, deviation if p.triangular else col_deviation, j)
-        for lines, out, total, at in sides[: 1 if diagonal or col is None else 2]:
-            sweep_kernels.fold(lines.sums, out[:, :, at])
+        sides = list(zip(sides, tiled.first_and_last(p, i, j)))[: 1 if diagonal or col is None else 2]
+        for (lines, out, total, at), (first, last) in sides:
+            sweep_kernels.fold(lines.sums, out.parts[:, :, at], first=first, last=last)
             if total is not None:
-                total[at] += lines.deviation.sum(0, dtype=torch.float64)[: at.stop - at.start]
+                total[at].add_(lines.deviation.sum(0, dtype=torch.float64)[: at.stop - at.start])
     has_cols = need_cols and not p.triangular
-    return Statistics(_log_sum_exp(row), _log_sum_exp(col) if has_cols else None, deviation, col_deviation)
-
-
-def _no_deviation(center: Tensor | None, n: int) -> Tensor | None:
-    return None if center is None else torch.zeros(n, dtype=torch.float64, device=center.device)
-
-
-def _no_pairs(p: Problem, n: int) -> Tensor:
-    """top and total of every class, (K, 2, n), over no pair."""
-    sums = torch.zeros(p.classes, 2, n, device=p.x.device)
-    sums[:, 0] = -torch.inf
-    return sums
-
-
-def _log_sum_exp(sums: Tensor) -> LogSumExp:
-    top, total = sums.unbind(1)
-    return LogSumExp(torch.where(total.isnan(), total, top), total.log())  # a maximum on a GPU passes over NaN
+    return Statistics(row, col if has_cols else None, deviation, col_deviation)
 
 
 def _lines(p: Problem, center: Tensor | None, tiles: int, n: int, at: slice) -> Lines:
@@ -121,12 +111,17 @@ def sweep_softplus(p: Problem, *, plan: Plan | None = None) -> Tensor:
     plan = plan or Plan.of(p, "sweep")
     p, program = _loadable(dataclasses.replace(p, triangular=False)), PROGRAMS[p.program]
     total = torch.zeros(len(p.x), device=p.x.device)
-    for i, j, _ in _blocks(p, plan, cells=plan.workspace / _bytes_of_sums(p, plan)):
+    for i, j in tiled.blocks(p, plan.workspace / _bytes_of_sums(p, plan), plan.step()):
         x, y, block = _block(p, i, j)
-        sums = torch.empty(triton.cdiv(block.M, plan.tile.BM), _whole(block.N, plan.tile.BN), device=x.device)
+        sums = torch.empty(triton.cdiv(block.M, plan.tile.BM), tiled.whole(block.N, plan.tile.BN), device=x.device)
         sweep_kernels.sweep(x, y, block, None, None, sums, program, False, plan.tile)
-        total[i] += sums.sum(0)[: block.N]
+        total[i].add_(sums.sum(0)[: block.N])
     return total
+
+
+# ---- one positive a row --------------------------------------------------------------------------------------------------
+
+partner_products, finish = row_kernels.partner_products, row_kernels.finish
 
 
 # ---- grad ----------------------------------------------------------------------------------------------------------------
@@ -151,7 +146,6 @@ def grad(
     plan = plan or Plan.of(p, _grad_row(p, c, need_scale))
     row, col = _sides(p, c)
     lift = _lift(row, col) if p.x.dtype == torch.float16 else None
-    nan = None if isinstance(c, Sigmoid) else _any_nan(row, col)
 
     def zeros(wanted: bool, *shape: int) -> Tensor | None:
         return torch.zeros(shape, device=p.x.device) if wanted else None
@@ -164,22 +158,23 @@ def grad(
 
     p, program = _loadable(p), PROGRAMS[p.program]
     buffer = None  # of G: the first block is the largest
-    for i, j, diagonal in _blocks(p, plan, cells=plan.workspace / p.x.itemsize):
+    for i, j in tiled.blocks(p, plan.workspace / p.x.itemsize, plan.step()):
+        diagonal = p.triangular and i == j
         tile = plan.square if diagonal else plan.tile
         x, y, block = _block(p, i, j)
         padded = None
         if need_g:
-            shape = _whole(block.N, tile.BN), _whole(block.M, tile.BM)
+            shape = tiled.whole(block.N, tile.BN), tiled.whole(block.M, tile.BM)
             buffer = torch.empty(math.prod(shape), dtype=x.dtype, device=x.device) if buffer is None else buffer
             padded = buffer[: math.prod(shape)].view(shape)
         scaled = torch.empty(grad_kernels.grid(block, tile, diagonal), device=x.device) if need_scale else None
         about = c.about if need_scale and isinstance(c, Softmax) else None
         sums = _sums_of_tiles(totals, block, tile, scaled, about)
-        grad_kernels.grad(x, y, block, _part(row, i), _part(col, j), padded, lift, nan, sums, program, diagonal, tile)
+        grad_kernels.grad(x, y, block, _part(row, i), _part(col, j), padded, lift, sums, program, diagonal, tile)
 
         for total, part, at in zip(totals, sums, (i, j, i)):  # not of the scale, which has no lines
             if total is not None:
-                total[at] += part.sum(0)[: at.stop - at.start]
+                total[at].add_(part.sum(0)[: at.stop - at.start])
         if need_scale:
             d_scale += sums.scaled.sum(dtype=torch.float64)
         if need_g:
@@ -217,14 +212,8 @@ def _sides(p: Problem, c: Softmax | Sigmoid) -> tuple[Side, Side | None]:
 
 
 def _side(weight: Tensor, lse: LogSumExp, offset: Tensor | None) -> Side:
-    """lse rounded to float32 for the kernel; what that loses, a factor of G near 1, goes to the weight."""
-    exact = lse.value()
-    rounded = exact.float()
-    lost = torch.where(exact.isfinite(), exact - rounded, 0.0)
-    weight = (weight * torch.exp(-lost)).float()
-    empty = lse.top == -torch.inf
-    weight, rounded = _pad(weight.masked_fill(empty, 0.0), 0.0), _pad(rounded.masked_fill(empty, torch.inf), torch.inf)
-    return Side(weight, rounded, weight.shape[1], None if offset is None else _pad(offset, 0.0))
+    weight, top = _pad(tiled.folded_weight(weight, lse), 0.0), _pad(lse.top, torch.inf)
+    return Side(weight, top, weight.shape[1], None if offset is None else _pad(offset, 0.0))
 
 
 def _part(side: Side | None, at: slice) -> Side | None:
@@ -237,33 +226,15 @@ def _part(side: Side | None, at: slice) -> Side | None:
 
 def _sums_of_tiles(totals: Sums, block: Block, tile: config.Tile, scaled: Tensor | None, about: Tensor | None) -> Sums:
     """Room for the sums of every tile, of those that are wanted."""
-    along_rows = triton.cdiv(block.M, tile.BM), _whole(block.N, tile.BN)
-    along_cols = triton.cdiv(block.N, tile.BN), _whole(block.M, tile.BM)
+    along_rows = triton.cdiv(block.M, tile.BM), tiled.whole(block.N, tile.BN)
+    along_cols = triton.cdiv(block.N, tile.BN), tiled.whole(block.M, tile.BM)
     shapes = along_rows, along_cols, along_rows
     lines = (None if total is None else total.new_empty(shape) for total, shape in zip(totals, shapes))
     return Sums(*lines, scaled, about)
 
 
-def _any_nan(row: Side, col: Side | None) -> Tensor:
-    """Whether a coefficient is NaN, (1,) int32, on the device."""
-    vectors = [v for side in (row, col) if side is not None for v in (side.weight, side.lse)]
-    return torch.stack([v.isnan().any() for v in vectors]).any().to(torch.int32).reshape(1)
-
-
 def _lift(row: Side, col: Side | None) -> Tensor:
-    """A power of two, (1,), that brings the largest possible |G| to 2^14: float16 ends at 2^16 and begins at 2^-24.
-
-    Computed on the device: the host must not wait for it. A NaN among the weights must not spoil the other rows.
-    """
-    vectors = [v for side in (row, col) if side is not None for v in (side.weight, side.offset) if v is not None]
-    largest = sum(v.nan_to_num(0.0, 0.0, 0.0).abs().amax() for v in vectors)
-    exponent = 14 - torch.log2(largest).ceil()
-    return torch.exp2(exponent.clamp(-100, 100)).reshape(1)  # exponent is inf where all weights are 0
-
-
-def _whole(size: int, tile: int) -> int:
-    """size rounded up to whole tiles"""
-    return triton.cdiv(size, tile) * tile
+    return tiled.lift([v for side in (row, col) if side is not None for v in (side.weight, side.offset)])
 
 
 # ---- blocks --------------------------------------------------------------------------------------------------------------
@@ -280,15 +251,8 @@ def _loadable(p: Problem) -> Problem:
 
 
 def _pad(v: Tensor, value: float | None = None) -> Tensor:
-    """v (..., n), contiguous, with n rounded up to whole tiles of any size: loads need no mask then, for any n.
-
-    What is added is `value`, or the last element again: ids beyond it could make a tile look for equal ones.
-    """
-    missing = -v.shape[-1] % config.LARGEST
-    if missing == 0:
-        return v.contiguous()
-    last = v[..., -1:] if value is None else v.new_full((), value)
-    return torch.cat([v, last.expand(*v.shape[:-1], missing)], dim=-1)
+    """For tiles of any size."""
+    return tiled.pad(v, config.LARGEST, value)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -314,28 +278,3 @@ def _block(p: Problem, i: slice, j: slice) -> tuple[Tensor, Tensor, Block]:
         row_bias, col_bias, tuple(v[i.start :] for v in p.rows), tuple(v[j.start :] for v in p.cols),
         len(x), len(y), x.shape[1], x.stride(0), y.stride(0),
     )  # fmt: skip
-
-
-def _blocks(p: Problem, plan: Plan, cells: float) -> Iterator[tuple[slice, slice, bool]]:
-    """Rows and columns of the blocks of S, at most `cells` logits each, and whether a block is a triangle on the diagonal.
-
-    They are as square as the matrix allows: a block of R rows and C columns adds to R rows of dx and to C rows of dy, so
-    that accumulation costs 1 / R + 1 / C per logit.
-    """
-    N, M = len(p.x), len(p.y)
-    edge = math.isqrt(int(cells))
-    step = max(plan.tile.BN, plan.tile.BM, plan.square.BN)
-    rows = _pieces(N, max(edge, int(cells) // max(M, 1)), step)
-    cols = _pieces(M, max(edge, int(cells) // max(N, 1)), step)
-    for i in rows:
-        for j in cols:
-            if not p.triangular or j.start >= i.start:
-                yield i, j, p.triangular and i == j
-
-
-def _pieces(size: int, limit: int, step: int) -> list[slice]:
-    """range(size) in pieces of about equal length, at most `limit` but at least `step`, a multiple of `step`."""
-    limit = max(limit // step, 1) * step
-    count = max(-(-size // limit), 1)
-    length = max(-(-size // (count * step)), 1) * step
-    return [slice(start, min(start + length, size)) for start in range(0, size, length)]

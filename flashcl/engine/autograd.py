@@ -21,12 +21,12 @@ from flashcl.engine.problem import LogSumExp, Problem, Sigmoid, Softmax
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which pairs count, and as what. Without partner and labels no pair is a positive."""
+    """Which pairs count, and as what. Without partner and labels no pair is a positive; positives have no column bias."""
 
     program: str = "all"
     rows: tuple[Tensor, ...] = ()  # (N,) each
     cols: tuple[Tensor, ...] = ()  # (M,) each
-    partner: Tensor | None = None  # (N,) int64: the one positive of each row, which the program drops
+    partner: int | None = None  # the one positive of row i is the column (i + partner) mod M, which the program drops
     labels: Tensor | None = None  # (N,) int64: rows of one label are positives; program "by_label", S symmetric
     group: str = ""  # of ranks that hold other rows and columns (ranks.py); "": none
 
@@ -60,15 +60,8 @@ def log_sum_exp(
     need_cols: bool,
     backend: str,
 ) -> Masses:
-    row, col, pos, gap = _LogSumExp.apply(
-        x, y, *_statistic_dtype(x, logit_scale, row_bias, col_bias), pairs, need_cols, backend
-    )
-    has_cols = need_cols and y is not None
     return Masses(
-        row,
-        col if has_cols else None,
-        pos if pairs.partner is not None or pairs.labels is not None else None,
-        gap if pairs.labels is not None else None,
+        *_LogSumExp.apply(x, y, *_statistic_dtype(x, logit_scale, row_bias, col_bias), pairs, need_cols, backend)
     )
 
 
@@ -112,48 +105,69 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, logit_scale, row_bias, col_bias, pairs: Pairs, need_cols: bool, backend: str):
         problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, pairs), pairs.positives()
-        mean = _mean_logits(problem, pairs, positives)  # (N,) float64, or None
+        products, mean = None, None
+        if positives is not None:
+            products = positives.products(problem.x, problem.y, backend)  # (N,) float64
+            mean = _logits(products, problem)
         if pairs.labels is not None:
             problem = replace(problem, center=mean.to(problem.stat_dtype))
         s = ops.sweep(problem, need_cols=need_cols, keep=any(ctx.needs_input_grad), backend=backend, group=pairs.group)
-        col_top, col_rest = (None, None) if s.col is None else (s.col.top, s.col.rest)
-        ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.top, s.row.rest, col_top, col_rest, s.kept)
+        col_parts = None if s.col is None else s.col.parts
+        ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.parts, col_parts, products, s.kept)
         ctx.pairs, ctx.backend = pairs, backend
-        row, absent = s.row.value(), [s.row.top.new_empty(0) for _ in range(3)]
-        col = absent[0] if s.col is None else s.col.value()[0]
+        ctx.set_materialize_grads(False)
+        row, col = s.row.value(), None if s.col is None else s.col.value()[0]
         if positives is None:
-            return row[0], col, *absent[1:]
+            return row[0], col, None, None
         if pairs.labels is None:
-            return row[0], col, mean, absent[1]
+            return row[0], col, mean, None
         # The mean logit by way of its deviation in the tiles: there its error is that of the logits in row_pos, and cancels.
-        return row[0], col, row[1], row[1] - (problem.center + s.deviation / positives.count)
+        return row[0], None, row[1], row[1] - (problem.center + s.deviation / positives.count)
 
     @staticmethod
     def backward(ctx, d_row, d_col, d_pos, d_gap):
         _first_order_only()
-        x, y, logit_scale, row_bias, col_bias, row_top, row_rest, col_top, col_rest, kept = ctx.saved_tensors
+        x, y, logit_scale, row_bias, col_bias, row_parts, col_parts, products, kept = ctx.saved_tensors
         problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, ctx.pairs), ctx.pairs.positives()
-        row, col = LogSumExp(row_top, row_rest), None if col_top is None else LogSumExp(col_top, col_rest)
-        d_row, d_col, d_pos, d_gap = (d.to(problem.stat_dtype) for d in (d_row, d_col, d_pos, d_gap))
-        about = _mean_product(problem, ctx.pairs.group) if ctx.needs_input_grad[2] else None
-        if ctx.pairs.labels is None:
-            c = Softmax(d_row[None], row, None if col is None else d_col[None], col, about=about)
+        row, col = LogSumExp(row_parts), None if d_col is None else LogSumExp(col_parts)
+        d_row, d_pos = (_or_zeros(d, row) for d in (d_row, d_pos))
+        about, beside = None, 0.0
+        if ctx.needs_input_grad[2]:
+            about = _mean_product(problem, ctx.pairs.group)
+            beside = _beside_the_tiles(about.double(), (d_row, row), (d_col, col), d_pos, products)
+        if ctx.pairs.labels is not None:
+            c = _softmax_with_labels(d_row, d_pos, _or_zeros(d_gap, row), row, positives, about)
         else:
-            c = _softmax_with_labels(d_row, d_pos, d_gap, row, positives, about)
-        g = _gradients(problem, c, positives, d_pos, ctx.needs_input_grad[:5], ctx.backend, ctx.pairs.group, kept)
-        return _as(x, g.dx), _as(x, g.dy), g.d_scale, g.d_row_bias, g.d_col_bias, None, None, None
+            row_weight, col_weight = (None if d is None else d.to(problem.stat_dtype)[None] for d in (d_row, d_col))
+            c = Softmax(row_weight, row, col_weight, col, about=about)
+        where = ctx.backend, ctx.pairs.group
+        g = _gradients(problem, c, positives, d_pos, x.dtype, ctx.needs_input_grad[:5], *where, beside, kept)
+        return g.dx, g.dy, g.d_scale, g.d_row_bias, g.d_col_bias, None, None, None
 
 
-def _mean_logits(p: Problem, pairs: Pairs, positives: Partner | SameLabel | None) -> Tensor | None:
-    """The mean logit of the positives of each row, (N,) float64."""
-    if positives is None:
-        return None
-    mean = positives.mean_logits(p.x, p.y) * p.logit_scale
-    if p.row_bias is not None:
-        mean = mean + p.row_bias
-    if p.col_bias is not None:
-        mean = mean + p.col_bias[pairs.partner]
-    return mean
+def _or_zeros(upstream: Tensor | None, row: LogSumExp) -> Tensor:
+    return torch.zeros_like(row.top[0], dtype=torch.float64) if upstream is None else upstream
+
+
+def _logits(products: Tensor, p: Problem) -> Tensor:
+    """(N,) float64, of products (N,) of the rows with anything without a column bias."""
+    logits = products * p.logit_scale
+    return logits if p.row_bias is None else logits + p.row_bias
+
+
+def _beside_the_tiles(about: Tensor, row: tuple, col: tuple, d_pos: Tensor, products: Tensor | None) -> Tensor:
+    """What the gradient of logit_scale has beside sum_ij G_ij (<x_i, y_j> - about): (1,) float64.
+
+    The positives, about the same, and what the sums of all have taken off: near convergence negatives pull one way what
+    positives pull the other, and little is left to cancel.
+    """
+    out, total = 0.0, 0.0
+    for d, lse in (row, col):
+        if d is not None:  # each exp(s - lse) sums to 1, or there is none
+            total = total + d.masked_fill(lse.top[0] == -torch.inf, 0.0).sum()
+    if products is not None:
+        out, total = torch.dot(d_pos, products - about), total + d_pos.sum()
+    return out + about * total
 
 
 def _softmax_with_labels(
@@ -164,21 +178,24 @@ def _softmax_with_labels(
         d_pos q_ij + d_gap (q_ij - 1/|P|)  =  (d_pos + d_gap) (q_ij - 1/|P|)  +  d_pos / |P|
 
     The first part, small when the positives are alike, goes through G; the second, equal for all of them, through
-    SameLabel.add_gradients_ in full precision.
+    SameLabel.finish in full precision.
     """
-    has_positive = labels.count > 0
-    weight = torch.where(has_positive, d_pos + d_gap, 0.0)
-    offset = torch.where(has_positive, weight / labels.count, 0.0)
-    return Softmax(torch.stack([d_row, weight]), row, row_offset=offset, about=about)
+    weight = torch.where(labels.count > 0, d_pos + d_gap, 0.0)
+    offset = weight / labels.count.clamp(min=1)
+    dtype = row.parts.dtype
+    return Softmax(torch.stack([d_row, weight]).to(dtype), row, row_offset=offset.to(dtype), about=about)
 
 
 def _mean_product(p: Problem, group: str) -> Tensor:
     """The mean of <x_i, y_j> over all pairs, of all ranks, (1,) statistic dtype."""
-    sums = torch.stack([v.sum(0, dtype=p.stat_dtype) for v in (p.x, p.y)])  # (2, D)
-    counts = torch.stack([torch.ones_like(v[:, :1], dtype=p.stat_dtype).sum(0) for v in (p.x, p.y)])  # (2, 1)
-    total = ops.sum_over_ranks(torch.cat([sums, counts], 1), group)
-    mean_x, mean_y = total[:, :-1] / total[:, -1:]
-    return (mean_x * mean_y).sum(0, keepdim=True)
+    lines = [p.x] if p.triangular else [p.x, p.y]
+    sums = torch.stack([v.sum(0, dtype=p.stat_dtype) for v in lines])  # (1 or 2, D)
+    counts = [v.shape[0] for v in lines]
+    if group:
+        counts = torch.stack([torch.ones_like(v[:, :1], dtype=p.stat_dtype).sum(0) for v in lines])  # (1 or 2, 1)
+        both = ops.sum_over_ranks(torch.cat([sums, counts], 1), group)
+        sums, counts = both[:, :-1], both[:, -1]
+    return (torch.dot(sums[0], sums[-1]) / (counts[0] * counts[-1])).reshape(1)
 
 
 class _SoftplusSum(torch.autograd.Function):
@@ -186,16 +203,19 @@ class _SoftplusSum(torch.autograd.Function):
     def forward(ctx, x, y, logit_scale, row_bias, pairs: Pairs, per_row: bool, backend: str):
         ctx.pairs, ctx.per_row, ctx.backend = pairs, per_row, backend
         problem, positives = _problem(x, y, logit_scale, row_bias, None, pairs), pairs.positives()
-        pos = _mean_logits(problem, pairs, positives)
+        products = positives.products(x, y, backend)
+        pos = _logits(products, problem)
         of_positive = torch.nn.functional.softplus(-pos, threshold=50.0)
-        d_pos = -torch.sigmoid(-pos).to(problem.stat_dtype)
+        d_pos = torch.expm1(-of_positive)  # -sigmoid(-pos), from exp(-softplus(-pos)) = sigmoid(pos)
         needs = (*ctx.needs_input_grad[:4], False)
         if per_row or not any(needs):
-            ctx.save_for_backward(x, y, logit_scale, row_bias, d_pos)
+            ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos)
             row = ops.sweep_softplus(problem, backend=backend, group=pairs.group) + of_positive
             return row if per_row else row.sum()
-        g = _gradients(problem, Sigmoid(torch.ones_like(d_pos)), positives, d_pos, needs, backend, pairs.group)
+        c = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype))
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
+        beside = torch.dot(d_pos, products)
+        g = _gradients(problem, c, positives, d_pos, problem.stat_dtype, needs, backend, pairs.group, beside)
         ctx.save_for_backward(g.dx, g.dy, g.d_scale, g.d_row_bias)
         ctx.dtype = x.dtype
         return (g.row_sum + of_positive).sum()
@@ -204,28 +224,28 @@ class _SoftplusSum(torch.autograd.Function):
     def backward(ctx, upstream):
         _first_order_only()
         if ctx.per_row:
-            x, y, logit_scale, row_bias, d_pos = ctx.saved_tensors
-            problem = _problem(x, y, logit_scale, row_bias, None, ctx.pairs)
-            upstream = upstream.to(d_pos.dtype)
+            x, y, logit_scale, row_bias, products, d_pos = ctx.saved_tensors
+            problem, positives = _problem(x, y, logit_scale, row_bias, None, ctx.pairs), ctx.pairs.positives()
+            c, d_pos = Sigmoid(upstream.to(problem.stat_dtype)), d_pos * upstream
             needs = (*ctx.needs_input_grad[:4], False)
-            c, d_pos, positives = Sigmoid(upstream), d_pos * upstream, ctx.pairs.positives()
-            g = _gradients(problem, c, positives, d_pos, needs, ctx.backend, ctx.pairs.group)
-            return _as(x, g.dx), _as(y, g.dy), g.d_scale, g.d_row_bias, None, None, None
+            where, beside = (ctx.backend, ctx.pairs.group), torch.dot(d_pos, products)
+            g = _gradients(problem, c, positives, d_pos, x.dtype, needs, *where, beside)
+            return g.dx, g.dy, g.d_scale, g.d_row_bias, None, None, None
         # The gradient of a column has come from the rows of all ranks already, each with an upstream gradient of 1.
         what = 'the upstream gradient of siglip (reduction="none" lets each rank have its own)'
         upstream = ops.same_on_all_ranks(upstream, what, ctx.pairs.group)
-        dx, dy, d_scale, d_row_bias = (None if g is None else g * upstream.to(g.dtype) for g in ctx.saved_tensors)
+        dx, dy, d_scale, d_row_bias = (None if g is None else g * upstream for g in ctx.saved_tensors)
         dx, dy = (None if g is None else g.to(ctx.dtype) for g in (dx, dy))
         return dx, dy, d_scale, d_row_bias, None, None, None
 
 
 @dataclass(frozen=True)
 class _Gradients:
-    dx: Tensor | None  # (N, D) statistic dtype
-    dy: Tensor | None  # (M, D) statistic dtype
-    d_scale: Tensor | None  # (1,)
-    d_row_bias: Tensor | None  # (N,)
-    d_col_bias: Tensor | None  # (M,)
+    dx: Tensor | None  # (N, D)
+    dy: Tensor | None  # (M, D)
+    d_scale: Tensor | None  # (1,) statistic dtype
+    d_row_bias: Tensor | None  # (N,) statistic dtype
+    d_col_bias: Tensor | None  # (M,) statistic dtype
     row_sum: Tensor | None  # (N,), with Sigmoid coefficients
 
 
@@ -233,38 +253,30 @@ def _gradients(
     p: Problem,
     c: Softmax | Sigmoid,
     positives: Partner | SameLabel | None,
-    d_pos: Tensor,  # (N,) what reaches the mean positive logit of each row
+    d_pos: Tensor,  # (N,) float64: what reaches the mean positive logit of each row
+    dtype: torch.dtype,  # of dx and dy
     needs: tuple[bool, ...],  # x, y, logit_scale, row_bias, col_bias
     backend: str,
     group: str,
+    beside: Tensor | float,  # what the gradient of logit_scale has beside that of the tiles
     kept: Tensor | None = None,
 ) -> _Gradients:
+    """Of all pairs: those of the tiles and the positives beside them."""
     need_x, need_y, need_scale, need_row_bias, need_col_bias = needs
     need_bias = need_row_bias or need_col_bias
     needed = dict(need_x=need_x, need_y=need_y, need_bias=need_bias, need_scale=need_scale)
     g = ops.grad(p, c, **needed, kept=kept, backend=backend, group=group)
-    d_scale, d_row_bias, d_col_bias = g.d_scale, g.g_rows, g.g_cols
-    # Negatives pull one way what positives pull the other: about their common mean little is left to cancel.
-    about = c.about.double() if need_scale and isinstance(c, Softmax) else 0.0
-    if positives is not None:
-        positives.add_gradients_(g.dx, g.dx if p.triangular else g.dy, p.x, p.y, d_pos)
-        if need_scale:
-            d_scale = d_scale + (d_pos * (positives.mean_logits(p.x, p.y) - about)).sum()
-        if need_row_bias:
-            d_row_bias = d_row_bias + d_pos
-        if need_col_bias:
-            d_col_bias = d_col_bias.index_add(0, positives.index, d_pos)
-    if need_scale and isinstance(c, Softmax):
-        d_scale = d_scale + about * (c.total() + (0.0 if positives is None else d_pos.double().sum()))
+    dx, dy, d_row_bias = g.dx, g.dy, g.g_rows
+    if positives is None:
+        dx, dy = (None if d is None else ops.finish(d, None, None, 0, p.logit_scale, dtype, backend=backend) for d in (dx, dy))
+    else:
+        dx, dy = positives.finish(dx, dy, p.x, p.y, d_pos.to(p.stat_dtype), p.logit_scale, dtype, backend)
+        d_row_bias = d_row_bias + d_pos.to(p.stat_dtype) if need_row_bias else None
     return _Gradients(
-        g.dx.mul_(p.logit_scale) if need_x else None,
-        g.dy.mul_(p.logit_scale) if g.dy is not None else None,
-        d_scale.to(p.stat_dtype).reshape(1) if need_scale else None,
+        dx,
+        dy,
+        (g.d_scale + beside).to(p.stat_dtype).reshape(1) if need_scale else None,
         d_row_bias if need_row_bias else None,
-        d_col_bias if need_col_bias else None,
+        g.g_cols if need_col_bias else None,
         g.row_sum,
     )
-
-
-def _as(like: Tensor, gradient: Tensor | None) -> Tensor | None:
-    return None if gradient is None else gradient.to(like.dtype)

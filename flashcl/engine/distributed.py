@@ -118,7 +118,7 @@ def _put(v: Tensor, at: list[slice], values: Tensor) -> None:
 def sweep(backend: ModuleType, p: Problem, group: str, *, need_cols: bool) -> Statistics:
     world = _World.meet("the statistics of a loss", p, group, symmetric=need_cols)
     p, need_cols = world.p, need_cols or world.p.triangular
-    row, col = _no_pairs(p, len(p.x)), _no_pairs(p, sum(world.lines))
+    row, col = (LogSumExp.of_no_pair(p, n) for n in (len(p.x), sum(world.lines)))
     deviation, col_deviation = (None if p.center is None else torch.zeros(n, dtype=torch.float64, device=p.x.device)
                                 for n in (len(p.x), sum(world.lines)))  # fmt: skip
     exchange = blocks.exchange(world.ranks, p.y, world.lines, world.share())
@@ -128,36 +128,30 @@ def sweep(backend: ModuleType, p: Problem, group: str, *, need_cols: bool) -> St
         s, at = backend.sweep(world.problem(block), need_cols=need_cols, keep=False), world.at(block)
         _merge_(row, block.rows, s.row)
         if s.col is not None:
-            _put(col.top, at, s.col.top)
-            _put(col.rest, at, s.col.rest)
+            _put(col.parts, at, s.col.parts)
         if deviation is not None:
             deviation[block.rows] += s.deviation
             if s.col_deviation is not None:
                 _put(col_deviation, at, s.col_deviation)
     if p.triangular:
-        _put(col.top, [world.own_lines()], row.top)
-        _put(col.rest, [world.own_lines()], row.rest)
+        _put(col.parts, [world.own_lines()], row.parts)
         row, deviation = _over_ranks(world, col), _sum_over_ranks(world, deviation, col_deviation)
         return Statistics(row, None, deviation)
     return Statistics(row, _over_ranks(world, col) if need_cols else None, deviation)
 
 
-def _no_pairs(p: Problem, n: int) -> LogSumExp:
-    return LogSumExp(*(torch.full((p.classes, n), -torch.inf, dtype=p.stat_dtype, device=p.x.device) for _ in range(2)))
-
-
 def _merge_(total: LogSumExp, at: slice, part: LogSumExp) -> None:
     """total[:, at] becomes the log-sum-exp of itself and part."""
-    tops = torch.stack([total.top[:, at], part.top])
-    rests = torch.stack([total.rest[:, at], part.rest])
+    parts = torch.stack([total.parts[..., at], part.parts])  # (2, K, 2, n)
+    tops, rests = parts.unbind(2)
     top = tops.amax(0)
-    total.rest[:, at] = _relative(tops, rests, top).sum(0).log().to(rests.dtype)
-    total.top[:, at] = top
+    total.parts[..., at] = LogSumExp.of(top, _relative(tops, rests, top).sum(0).log().to(top.dtype)).parts
 
 
 def _relative(top: Tensor, rest: Tensor, to: Tensor) -> Tensor:
-    """exp(top + rest - to), float64; inf - inf is 0 here."""
-    return torch.where(top == to, 1.0, torch.exp((top - to).double())) * rest.double().exp()
+    """exp(top + rest - to), float64: 0 of no pair, and inf - inf is 0 here."""
+    relative = torch.where(top == to, 1.0, torch.exp((top - to).double())) * rest.double().exp()
+    return relative.masked_fill(top == -torch.inf, 0.0)
 
 
 def _over_ranks(world: _World, part: LogSumExp) -> LogSumExp:
@@ -167,7 +161,7 @@ def _over_ranks(world: _World, part: LogSumExp) -> LogSumExp:
     total = world.ranks.all_reduce_(_relative(part.top, part.rest, top))
     own = world.own_lines()
     top, total = top[:, own], total[:, own]
-    return LogSumExp(torch.where(total.isnan(), torch.nan, top), total.log().to(top.dtype))
+    return LogSumExp.of(torch.where(total.isnan(), torch.nan, top), total.log().to(top.dtype))
 
 
 def _sum_over_ranks(world: _World, own: Tensor | None, others: Tensor | None) -> Tensor | None:
@@ -256,15 +250,15 @@ def _coefficients_of_all(world: _World, c: Softmax) -> Softmax:
     def of_all(v):
         return None if v is None else world.ranks.all_lines(v, world.lines)
 
-    return replace(c, col_weight=of_all(weight), col_lse=LogSumExp(of_all(lse.top), of_all(lse.rest)), col_offset=of_all(offset))
+    return replace(c, col_weight=of_all(weight), col_lse=LogSumExp(of_all(lse.parts)), col_offset=of_all(offset))
 
 
 def _part(c: Softmax | Sigmoid, cols: Softmax | None, rows: slice, at: list[slice]) -> Softmax | Sigmoid:
     """The coefficients of a block against columns of other ranks."""
     if isinstance(c, Sigmoid):
         return Sigmoid(c.row_weight[rows])
-    row_lse = LogSumExp(c.row_lse.top[:, rows], c.row_lse.rest[:, rows])
-    col_lse = None if cols.col_lse is None else LogSumExp(_take(cols.col_lse.top, at), _take(cols.col_lse.rest, at))
+    row_lse = LogSumExp(c.row_lse.parts[..., rows])
+    col_lse = None if cols.col_lse is None else LogSumExp(_take(cols.col_lse.parts, at))
     return Softmax(
         c.row_weight[:, rows], row_lse, _take(cols.col_weight, at), col_lse,
         _take(c.row_offset, [rows]), _take(cols.col_offset, at), c.about,
@@ -297,14 +291,20 @@ def labels_of_all(labels: Tensor, group: str) -> Tensor:
 
 
 def label_blocks(x: Tensor, labels: Tensor, weights: Tensor, group: str) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """x (n, D), labels (n,) and weights (P, n) of every rank, block by block; those of this rank first."""
+    """x (n, D), labels (n,) and weights (P, n) of every rank, block by block; those of this rank first.
+
+    Of the weights the first are for values, the others carry gradients: "local_partial" has none from other ranks' rows.
+    """
     ranks = Ranks(group, x.device, "the sums of labels", {"D": x.shape[1], "dtype": str(x.dtype)}, (len(x),))
     sizes = [n for (n,) in ranks.counts]
     labels, weights = ranks.all_lines(labels, sizes), ranks.all_lines(weights, sizes)
     starts = [0, *accumulate(sizes)]
     for block in blocks.exchange(ranks, x, sizes, lambda r, q: (slice(0, 1), slice(0, sizes[q]))).walk():
         at = [slice(starts[q] + i.start, starts[q] + i.stop) for q, i in block.pieces]
-        yield block.y, _take(labels, at), _take(weights, at)
+        of_block = _take(weights, at)
+        if ranks.partial and block.pieces[0].rank != ranks.rank:
+            of_block = torch.cat([of_block[:1], torch.zeros_like(of_block[1:])])
+        yield block.y, _take(labels, at), of_block
 
 
 def agree_on(v: Tensor, what: str, group: str) -> None:

@@ -2,6 +2,7 @@
 
     flashcl::sweep, flashcl::sweep_softplus    statistics of a block of logits
     flashcl::grad                              its gradients, given the coefficients of G
+    flashcl::partner_products, flashcl::finish what is O(N D) about a positive that each row has, forward and backward
     flashcl::sum_over_ranks                    a few numbers of all ranks
 
 With a group (ranks.py) the block is this rank's share of the world's; without one, group is "".
@@ -21,13 +22,11 @@ from flashcl.engine.problem import CLASSES, Grads, LogSumExp, Problem, Sigmoid, 
 
 def sweep(problem: Problem, *, need_cols: bool, keep: bool, backend: str, group: str) -> Statistics:
     """`problem.py` says what comes back."""
-    row_top, row_rest, col_top, col_rest, deviation, kept = _sweep(
-        *_unpack(problem), problem.center, need_cols, keep, backend, group
-    )
+    row, col, deviation, kept = _sweep(*_unpack(problem), problem.center, need_cols, keep, backend, group)
     has_cols = need_cols and not problem.triangular
     return Statistics(
-        LogSumExp(row_top, row_rest),
-        LogSumExp(col_top, col_rest) if has_cols else None,
+        LogSumExp(row),
+        LogSumExp(col) if has_cols else None,
         None if problem.center is None else deviation,
         kept=kept if keep else None,
     )
@@ -52,10 +51,10 @@ def grad(
 ) -> Grads:
     """`problem.py` says what comes back."""
     if isinstance(c, Sigmoid):
-        vectors = [c.row_weight] + [None] * 8
+        vectors = [c.row_weight] + [None] * 6
     else:
-        row, col = ([None, None] if lse is None else [lse.top, lse.rest] for lse in (c.row_lse, c.col_lse))
-        vectors = [c.row_weight, *row, c.col_weight, *col, c.row_offset, c.col_offset, c.about]
+        row_lse, col_lse = (None if lse is None else lse.parts for lse in (c.row_lse, c.col_lse))
+        vectors = [c.row_weight, row_lse, c.col_weight, col_lse, c.row_offset, c.col_offset, c.about]
     needs = (need_x, need_y, need_bias, need_scale)
     dx, dy, g_rows, g_cols, d_scale, row_sum = _grad(*_unpack(problem), *vectors, kept, *needs, backend, group)
     return Grads(
@@ -66,6 +65,20 @@ def grad(
         d_scale if need_scale else None,
         row_sum if isinstance(c, Sigmoid) else None,
     )
+
+
+def partner_products(x: Tensor, y: Tensor, shift: int, *, backend: str) -> Tensor:
+    """<x_i, y_j> with j = (i + shift) mod M, (N,) float64"""
+    return _partner_products(x, y, shift, backend)
+
+
+def finish(
+    acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, dtype: torch.dtype, *, backend: str
+) -> Tensor:
+    """scale (acc_i + weight_i other_j), j = (i + shift) mod C, (R, D) in that dtype: in place of acc where it is that of acc."""
+    out = None if acc.dtype == dtype else torch.empty_like(acc, dtype=dtype)
+    _finish(acc, other, weight, shift, scale, out, backend)
+    return acc if out is None else out
 
 
 def sum_over_ranks(v: Tensor, group: str) -> Tensor:
@@ -99,6 +112,30 @@ def _(v, what, group):
     return torch.empty_like(v)
 
 
+@torch.library.custom_op("flashcl::partner_products", mutates_args=())
+def _partner_products(x: Tensor, y: Tensor, shift: int, backend: str) -> Tensor:
+    return dispatch.load(backend).partner_products(x, y, shift % max(len(y), 1))
+
+
+@_partner_products.register_fake
+def _(x, y, shift, backend):
+    return x.new_empty(x.shape[0], dtype=torch.float64)
+
+
+@torch.library.custom_op("flashcl::finish", mutates_args=("acc", "out"))
+def _finish(
+    acc: Tensor,
+    other: Tensor | None,
+    weight: Tensor | None,
+    shift: int,
+    scale: Tensor,
+    out: Tensor | None,
+    backend: str,
+) -> None:
+    shift = 0 if other is None else shift % max(len(other), 1)
+    dispatch.load(backend).finish(acc, other, weight, shift, scale, acc if out is None else out)
+
+
 def _unpack(p: Problem) -> tuple:
     y = None if p.triangular else p.y
     return (p.x, y, p.logit_scale, p.row_bias, p.col_bias, p.program, list(p.rows), list(p.cols))
@@ -123,25 +160,24 @@ def _sweep(
     keep: bool,
     backend: str,
     group: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center)
     module = dispatch.load(backend)
     if group:
         s = distributed.sweep(module, problem, group, need_cols=need_cols)
     else:
         s = module.sweep(problem, need_cols=need_cols, keep=keep)
-    col = (None, None) if s.col is None else (s.col.top, s.col.rest)
-    return _present(s.row.top, s.row.rest, *col, s.deviation, s.kept, like=logit_scale)
+    return _present(s.row.parts, None if s.col is None else s.col.parts, s.deviation, s.kept, like=logit_scale)
 
 
 @_sweep.register_fake
 def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center, need_cols, keep, backend, group):
     new, k, has_cols = logit_scale.new_empty, CLASSES[program], need_cols and y is not None
-    row, col = (k, x.shape[0]), (k, y.shape[0]) if has_cols else (0,)
+    row, col = (k, 2, x.shape[0]), (k, 2, y.shape[0]) if has_cols else (0,)
     deviation = new(0) if center is None else new(x.shape[0], dtype=torch.float64)
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center)
     kept = dispatch.load(backend).kept_elements(problem) if keep and not group else 0
-    return new(row), new(row), new(col), new(col), deviation, new(kept)
+    return new(row), new(col), deviation, new(kept)
 
 
 @torch.library.custom_op("flashcl::sweep_softplus", mutates_args=())
@@ -178,11 +214,9 @@ def _grad(
     rows: list[Tensor],
     cols: list[Tensor],
     row_weight: Tensor,
-    row_top: Tensor | None,
-    row_rest: Tensor | None,
+    row_lse: Tensor | None,
     col_weight: Tensor | None,
-    col_top: Tensor | None,
-    col_rest: Tensor | None,
+    col_lse: Tensor | None,
     row_offset: Tensor | None,
     col_offset: Tensor | None,
     about: Tensor | None,
@@ -195,11 +229,11 @@ def _grad(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols)
-    if row_top is None:
+    if row_lse is None:
         c = Sigmoid(row_weight)
     else:
-        col_lse = None if col_top is None else LogSumExp(col_top, col_rest)
-        c = Softmax(row_weight, LogSumExp(row_top, row_rest), col_weight, col_lse, row_offset, col_offset, about)
+        row, col = LogSumExp(row_lse), None if col_lse is None else LogSumExp(col_lse)
+        c = Softmax(row_weight, row, col_weight, col, row_offset, col_offset, about)
     needs = dict(need_x=need_x, need_y=need_y, need_bias=need_bias, need_scale=need_scale)
     module = dispatch.load(backend)
     g = distributed.grad(module, problem, c, group, **needs) if group else module.grad(problem, c, kept=kept, **needs)
@@ -207,8 +241,8 @@ def _grad(
 
 
 @_grad.register_fake
-def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_top, row_rest, col_weight, col_top,
-      col_rest, row_offset, col_offset, about, kept, need_x, need_y, need_bias, need_scale, backend, group):  # fmt: skip
+def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_lse, col_weight, col_lse,
+      row_offset, col_offset, about, kept, need_x, need_y, need_bias, need_scale, backend, group):  # fmt: skip
     new = logit_scale.new_empty
     return (
         new(x.shape if need_x else 0),
@@ -216,5 +250,5 @@ def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, ro
         new(x.shape[0] if need_bias else 0),
         new((x if y is None else y).shape[0] if need_bias else 0),
         new((), dtype=torch.float64) if need_scale else new(0),
-        new(x.shape[0] if row_top is None else 0),
+        new(x.shape[0] if row_lse is None else 0),
     )

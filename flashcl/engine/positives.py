@@ -2,12 +2,11 @@
 
 Both kinds answer the same two questions, with t_i the mean of the positives of row i:
 
-    mean_logits           <x_i, t_i>, (N,) float64
-    add_gradients_        dx_i += w_i t_i,  dy_j += sum over the rows i of which j is a positive of w_i x_i / |P(i)|
+    products    <x_i, t_i>, (N,) float64
+    finish      dx_i = scale (dx_i + w_i t_i),  dy_j = scale (dy_j + sum over the rows i of which j is a positive of w_i x_i / |P(i)|)
 
 Added in the wide accumulators before the gradient is rounded, a positive cancels exactly what it must cancel. Where x is
-y, dx and dy are one accumulator, which receives both. What runs over rows in chunks is a registered operator, so that
-torch.compile sees one node whatever N.
+y, dx receives both. What runs over rows in chunks is a registered operator, so that torch.compile sees one node whatever N.
 """
 
 from __future__ import annotations
@@ -18,24 +17,27 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashcl.engine import distributed
+from flashcl.engine import distributed, ops
 
 
 @dataclass(frozen=True)
 class Partner:
-    """One positive per row: the column index[i], of this rank. No column is the partner of two rows."""
+    """One positive per row i: the column (i + shift) mod M of this rank. Where x is y, i is the partner of its partner."""
 
-    index: Tensor  # (N,) int64
+    shift: int
 
-    def mean_logits(self, x: Tensor, y: Tensor) -> Tensor:
-        return _partner_products(x, y, self.index)
+    def products(self, x: Tensor, y: Tensor, backend: str) -> Tensor:
+        return ops.partner_products(x, y, self.shift, backend=backend)
 
-    def add_gradients_(self, dx: Tensor | None, dy: Tensor | None, x: Tensor, y: Tensor, weight: Tensor) -> None:
-        # One call per accumulator: where x is y both are one tensor, and an operator may change a tensor under one name only.
+    def finish(self, dx: Tensor | None, dy: Tensor | None, x: Tensor, y: Tensor, weight: Tensor, scale: Tensor,
+               dtype: torch.dtype, backend: str) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        of_partner = weight.roll(self.shift) if self.shift else weight  # of the row that a column is the partner of
         if dx is not None:
-            _add_partners_(dx, y, self.index, weight)
+            w = weight + of_partner if x is y else weight
+            dx = ops.finish(dx, y, w, self.shift, scale, dtype, backend=backend)
         if dy is not None:
-            _add_to_partners_(dy, x, self.index, weight)
+            dy = ops.finish(dy, x, of_partner, -self.shift, scale, dtype, backend=backend)
+        return dx, dy
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,18 @@ class SameLabel:
     def of(labels: Tensor, group: str) -> SameLabel:
         return SameLabel(labels, _others_with_label(labels, group), group)
 
-    def mean_logits(self, x: Tensor, y: Tensor) -> Tensor:
+    def products(self, x: Tensor, y: Tensor, backend: str) -> Tensor:
         ones = torch.ones(1, len(x), dtype=_wide(x), device=x.device)
         return _label_products(x, *_label_sums(x, self.labels, ones, self.group)) * self._inverse_count()
 
-    def add_gradients_(self, dx: Tensor | None, dy: Tensor | None, x: Tensor, y: Tensor, weight: Tensor) -> None:
+    def finish(self, dx: Tensor | None, dy: None, x: Tensor, y: Tensor, weight: Tensor, scale: Tensor,
+               dtype: torch.dtype, backend: str) -> tuple[Tensor | None, None]:  # fmt: skip
         if dx is not None:
             each = weight * self._inverse_count().to(weight.dtype)
             weights = torch.stack([torch.ones_like(each), each])
             _add_labels_(dx, x, each, *_label_sums(x, self.labels, weights, self.group))
+            dx = ops.finish(dx, None, None, 0, scale, dtype, backend=backend)
+        return dx, None
 
     def _inverse_count(self) -> Tensor:
         return torch.where(self.count > 0, 1 / self.count.double(), 0.0)
@@ -72,35 +77,13 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The tensors a few rows at a time, side by side: bounds the wide copies that are made of them."""
-    return zip(*(v.split(1024) for v in tensors))
+    """The tensors, of which the first is (N, D), some rows at a time, side by side: bounds the wide copies made of them.
 
-
-@torch.library.custom_op("flashcl::partner_products", mutates_args=())
-def _partner_products(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
-    """<x_i, y_index[i]>, (N,) float64"""
-    dtype = _wide(x)
-    products = (a.to(dtype) * y[j].to(dtype) for a, j in _in_chunks(x, index))
-    return torch.cat([product.sum(1, dtype=torch.float64) for product in products])
-
-
-@_partner_products.register_fake
-def _(x, y, index):
-    return x.new_empty(x.shape[0], dtype=torch.float64)
-
-
-@torch.library.custom_op("flashcl::add_partners_", mutates_args=("dx",))
-def _add_partners_(dx: Tensor, y: Tensor, index: Tensor, weight: Tensor) -> None:
-    """dx_i += weight_i y_index[i]"""
-    for d, j, w in _in_chunks(dx, index, weight):
-        d.addcmul_(y[j].to(d.dtype), w[:, None])
-
-
-@torch.library.custom_op("flashcl::add_to_partners_", mutates_args=("dy",))
-def _add_to_partners_(dy: Tensor, x: Tensor, index: Tensor, weight: Tensor) -> None:
-    """dy_index[i] += weight_i x_i"""
-    for a, j, w in _in_chunks(x, index, weight):
-        dy.index_add_(0, j, a.to(dy.dtype) * w[:, None])
+    On a GPU in chunks of 64 MiB of float32, since each is a launch; on a CPU of 2 MiB, which its caches hold.
+    """
+    elements = 2**24 if tensors[0].is_cuda else 2**19
+    rows = max(elements // tensors[0].shape[1], 1)
+    return zip(*(v.split(rows) for v in tensors))
 
 
 @torch.library.custom_op("flashcl::others_with_label", mutates_args=())

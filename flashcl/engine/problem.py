@@ -68,18 +68,42 @@ class Problem:
 
 @dataclass(frozen=True)
 class LogSumExp:
-    """log sum exp of many logits as top + rest, so that it is known better than its own dtype could hold it.
+    """log sum exp of many logits in two numbers: top is it, rounded, and rest what the rounding has lost.
 
-    At |s| = 1e4 a float32 log-sum-exp is rounded by 5e-4, and with it every probability; s - top is exact there, and
-    rest is small. `top` is the largest logit or near it: top - 87 < lse. Over no pair top is -inf, over +inf it is +inf.
+    At |s| = 1e4 a float32 alone would be off by 5e-4, and with it every probability. s - top is exact where s is near,
+    and exp(-rest) a factor near 1. Over no pair top is -inf, over +inf it is +inf; rest is 0 there.
     """
 
-    top: Tensor  # (K, N) stat_dtype, K classes
-    rest: Tensor  # (K, N) stat_dtype
+    parts: Tensor  # (K, 2, N) stat_dtype: top and rest of K classes
+
+    @staticmethod
+    def of(shift: Tensor, log_total: Tensor) -> LogSumExp:
+        """shift + log_total, (K, N) of any size each, with the exact error of their sum (Knuth 1969, 4.2.2, theorem B)."""
+        top = shift + log_total
+        added = top - shift
+        rest = (shift - (top - added)) + (log_total - added)
+        return LogSumExp(torch.stack([top, rest.nan_to_num_(0.0)], 1))  # inf - inf
+
+    @staticmethod
+    def of_no_pair(p: Problem, n: int) -> LogSumExp:
+        """Of n lines of p."""
+        parts = torch.zeros(p.classes, 2, n, dtype=p.stat_dtype, device=p.x.device)
+        parts[:, 0] = -torch.inf
+        return LogSumExp(parts)
+
+    @property
+    def top(self) -> Tensor:
+        """(K, N)"""
+        return self.parts[:, 0]
+
+    @property
+    def rest(self) -> Tensor:
+        """(K, N)"""
+        return self.parts[:, 1]
 
     def value(self) -> Tensor:
         """(K, N) float64"""
-        return self.top.double() + self.rest.double()
+        return torch.add(self.top.double(), self.rest)
 
 
 @dataclass(frozen=True)
@@ -100,7 +124,7 @@ class Softmax:
     G_ij = row_weight[k, i] exp(s_ij - row_lse[k, i]) + col_weight[k, j] exp(s_ij - col_lse[k, j])     k = class of (i, j)
            - (row_offset[i] + col_offset[j] where k = 1)
 
-    with exp(s - lse) taken as exp((s - top) - rest). The offset is what the positives of a row would receive were they
+    with exp(s - lse) taken as exp(s - top) exp(-rest). The offset is what the positives of a row would receive were they
     all alike. It is taken off before G is rounded, because exp(s - lse) and the offset cancel near convergence.
     Where the problem is triangular the column coefficients are None: they are those of the rows.
     """
@@ -112,13 +136,6 @@ class Softmax:
     row_offset: Tensor | None = None  # (N,), only with K = 2
     col_offset: Tensor | None = None  # (M,)
     about: Tensor | None = None  # (1,) stat_dtype: the product that d_scale is taken about
-
-    def total(self) -> Tensor:
-        """sum_ij G_ij, () float64: each exp(s - lse) sums to 1, and the offsets cancel the positives."""
-        total = self.row_weight[0].double().where(self.row_lse.top[0] != -torch.inf, 0.0).sum()
-        if self.col_weight is not None:
-            total = total + self.col_weight[0].double().where(self.col_lse.top[0] != -torch.inf, 0.0).sum()
-        return total
 
 
 @dataclass(frozen=True)
@@ -150,6 +167,11 @@ class Grads:
 #       log-sum-exps of every class along the rows and along the columns
 #   sweep_softplus(problem: Problem) -> Tensor
 #       (N,) stat_dtype: sum_j softplus(s_ij)
+#   partner_products(x: Tensor, y: Tensor, shift: int) -> Tensor
+#       (N,) float64: <x_i, y_j> with j = (i + shift) mod M
+#   finish(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor) -> None
+#       out_i = scale (acc_i + weight_i other_j), j = (i + shift) mod C; acc (R, D) stat_dtype, other (C, D) like x,
+#       weight (n,) stat_dtype: rows from n on, and all where there is none, are scale acc_i; out (R, D) may be acc
 #   grad(problem: Problem, coefficients: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_bias: bool,
 #        need_scale: bool, kept: Tensor | None) -> Grads
 #       of a triangular problem need_x asks for the whole gradient; `kept` is what a sweep of the same problem left

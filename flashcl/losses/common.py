@@ -46,27 +46,33 @@ class _ScaleGradient(torch.autograd.Function):
 def from_negatives(neg: Tensor, pos: Tensor) -> Tensor:
     """-log softmax of the positive, log(e^pos + e^neg) - pos, exact also where the positive has nearly all the mass."""
     # A softmax over an infinite logit is NaN, and so are its gradients: softplus alone would return 0 or inf.
-    undefined = (neg == torch.inf) | (pos == torch.inf)
-    return F.softplus((neg - pos) * torch.where(undefined, torch.nan, 1.0), threshold=50.0)
+    nan_if_infinite = torch.maximum(neg, pos).detach() * 0.0
+    return F.softplus(neg - pos + nan_if_infinite, threshold=50.0)
 
 
-def reduce(loss: Tensor, reduction: str, x: Tensor, group: Group | None, count: Tensor | None = None) -> Tensor:
+def reduce(loss: Tensor, reduction: str, x: Tensor, group: Group | None, count: Tensor | int | None = None) -> Tensor:
     """The float64 losses of the rows (or their sum), reduced, in the dtype of results for embeddings like x.
 
-    count: how many rows the mean divides by, (); None: all rows of x.
+    count: how many rows the mean divides by, () or a number; None: all rows of x.
     """
     if reduction == "none":
         return wide(loss, x)
+    loss = loss.sum()
     if reduction == "mean":
-        count = torch.ones_like(x[:, 0], dtype=torch.float64).sum() if count is None else count.double()
-        loss = loss.sum() / count.clamp(min=1) if group is None else _mean_over_ranks(loss.sum(), count, group)
-    return wide(loss.sum(), x)
+        count = x.shape[0] if count is None else count
+        loss = loss / _at_least_one(count) if group is None else _mean_over_ranks(loss, count, group)
+    return wide(loss, x)
 
 
-def _mean_over_ranks(own: Tensor, count: Tensor, group: Group) -> Tensor:
+def _at_least_one(count: Tensor | int) -> Tensor | int:
+    return count.clamp(min=1) if isinstance(count, Tensor) else count
+
+
+def _mean_over_ranks(own: Tensor, count: Tensor | int, group: Group) -> Tensor:
     """What a rank returns as its mean: `Group` says what that is in each convention."""
     name = group.encode()
-    count, ranks = ops.sum_over_ranks(torch.stack([count, torch.ones_like(count)]), name).unbind()
+    one = torch.ones_like(own.detach())
+    count, ranks = ops.sum_over_ranks(torch.stack([one * count, one]), name).unbind()
     own = own * (ranks / count.clamp(min=1))
     if not group.convention.startswith("global"):
         return own

@@ -50,11 +50,10 @@ def info_nce(
     scale = parameter(checks.logit_scale(x, temperature=temperature, logit_scale=logit_scale), group)
     x, y = prepare(normalize, group, x, y)
 
-    row_id = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    col_id = torch.arange(len(y), dtype=torch.int32, device=x.device)
-    pairs = Pairs("different", (row_id,), (col_id,), partner=row_id.long(), group=Group.name(group))
+    col_id = torch.arange(y.shape[0], dtype=torch.int32, device=x.device)
+    pairs = Pairs("different", (col_id[: x.shape[0]],), (col_id,), partner=0, group=Group.name(group))
     s = log_sum_exp(x, y, scale, None, None, pairs, need_cols=symmetric, backend=dispatch.choose(backend, x))
-    loss = from_negatives(s.row_neg, s.row_pos)
-    if symmetric:
-        loss = (loss + from_negatives(s.col_neg, s.row_pos)) / 2
-    return reduce(loss, reduction, x, group)
+    if not symmetric:
+        return reduce(from_negatives(s.row_neg, s.row_pos), reduction, x, group)
+    loss = from_negatives(torch.stack([s.row_neg, s.col_neg]), s.row_pos)  # (2, N): of the rows and of the columns
+    return reduce(loss.mean(0), reduction, x, group)

@@ -44,9 +44,8 @@ def nt_xent(
     scale = parameter(checks.inverse_temperature(temperature, z1), group)
     z = torch.cat(prepare(normalize, group, z1, z2))
 
-    n = len(z1)
-    view = torch.arange(2 * n, device=z.device)
-    item = (view % n).int()  # equal for the anchor itself and for its positive: neither is a negative
-    pairs = Pairs("different", (item,), (item,), partner=view.roll(n), group=Group.name(group))
+    # Ids are equal for the anchor itself and for its positive: neither is a negative.
+    item = torch.arange(z1.shape[0], dtype=torch.int32, device=z.device).repeat(2)
+    pairs = Pairs("different", (item,), (item,), partner=z1.shape[0], group=Group.name(group))
     s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, backend=dispatch.choose(backend, z))
     return reduce(from_negatives(s.row_neg, s.row_pos), reduction, z, group)

@@ -47,7 +47,7 @@ def siglip(
     x, y = prepare(normalize, group, x, y)
 
     row = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    pairs = Pairs("different", (row,), (row,), partner=row.long(), group=Group.name(group))
+    pairs = Pairs("different", (row,), (row,), partner=0, group=Group.name(group))
     loss = softplus_sum(
         x, y, scale, bias.expand(len(x)), pairs, per_row=reduction == "none", backend=dispatch.choose(backend, x)
     )
