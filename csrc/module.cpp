@@ -385,11 +385,6 @@ NB_MODULE(_C, m) {
   m.def("fold", &fold, "sums"_a.noconvert(), "out"_a.noconvert(), "first"_a = false, "last"_a = false, "stream"_a = 0,
         "Merges the statistics of tiles into out; the first ones are all that is in it, with the last ones it becomes "
         "the log-sum-exp as two floats, high and low.");
-  m.def(
-      "fold", [](const Array<const float>& sums, const Statistics& out, uintptr_t stream) {
-        fold(sums, out, false, false, stream);
-      },
-      "sums"_a.noconvert(), "out"_a.noconvert(), "stream"_a);
   m.def("partner_products", &partner_products, "x"_a.noconvert(), "y"_a.noconvert(), "shift"_a, "out"_a.noconvert(),
         "stream"_a = 0, "out_i = <x_i, y_j> with j = (i + shift) mod M, summed in float64.");
   m.def("finish", &finish, "acc"_a.noconvert(), "other"_a.noconvert().none(), "weight"_a.noconvert().none(), "shift"_a,
