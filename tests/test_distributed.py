@@ -5,6 +5,7 @@ import functools
 import os
 import runpy
 import socket
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -455,6 +456,22 @@ def run_example(rank: int, path: Path, port: int, folder: Path) -> None:
     sys.path.insert(0, str(path.parent))
     with open(folder / f"{rank}", "w") as out, contextlib.redirect_stdout(out):
         runpy.run_path(str(path), run_name="__main__")
+
+
+def test_a_loss_does_not_keep_its_group(tmp_path):
+    """Of a group that outlives destroy_process_group, threads stay that may abort the process at interpreter exit."""
+    code = """
+import sys, weakref, torch, flashcl, torch.distributed as dist
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[1], 1), rank=0, world_size=1)
+x, y = torch.randn(2, 8, 4, requires_grad=True)
+flashcl.info_nce(x, y, temperature=0.1, group=dist.group.WORLD).backward()
+group = weakref.ref(dist.group.WORLD)
+dist.destroy_process_group()
+print(group())
+"""
+    environment = os.environ | dict(GLOO_SOCKET_IFNAME="lo", CUDA_VISIBLE_DEVICES="")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "store"], capture_output=True, text=True, env=environment)
+    assert (done.stdout.strip(), done.returncode) == ("None", 0), done.stderr
 
 
 def test_the_comparison_can_fail():

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401  see below
 from torch import Tensor
+
+# That module keeps what is the world group when it is imported, as the default of its arguments. torch._dynamo imports it, at
+# the first call of an operator: the group then outlives destroy_process_group, and with it threads that may abort the process
+# at interpreter exit. Imported before there is a group, it keeps none.
 
 STRATEGIES = ("auto", "gather", "ring")
 CONVENTIONS = ("local_grad", "global_grad", "global", "global_scaled", "local_partial")
