@@ -95,31 +95,49 @@ def ptx_nan():
 
 
 @repair
-def tf32():
+def precision_of_products():
     """tl.dot on float32 rounds its operands to 10 bits of mantissa unless the kernel asks for more.
 
-    "tf32x3" adds the products with what the rounding left, as triton's F32DotTC pass does.
+    "tf32x3" and "bf16x6" split each operand into parts and add their products, small ones first, as triton's F32DotTC pass does.
     """
+    allowed = (*interpreter.interpreter_builder.options.allowed_dot_input_precisions, "bf16x6")
+    object.__setattr__(interpreter.interpreter_builder.options, "allowed_dot_input_precisions", allowed)
     precisions = interpreter._ir.INPUT_PRECISION
+    split_products = {  # bits of float32 that a part lacks, and which parts of a and b are multiplied before the first of both
+        precisions.TF32: (13, []),
+        precisions.TF32x3: (13, [(1, 0), (0, 1)]),
+        precisions.BF16x6: (16, [(1, 1), (2, 0), (0, 2), (1, 0), (0, 1)]),
+    }
 
-    def split(handle):
-        bits = np.ascontiguousarray(handle.data).view(np.uint32)
-        kept = (bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
-        high = np.where(np.isfinite(handle.data), kept.view(np.float32), handle.data)
-        return Handle(high, tl.float32), Handle(handle.data - high, tl.float32)
+    def part(data, lost):
+        """The rest of data, rounded to nearest even, without its last bits."""
+        bits = np.ascontiguousarray(data).view(np.uint32)
+        half, last = np.uint32((1 << (lost - 1)) - 1), np.uint32(lost)
+        kept = (bits + half + ((bits >> last) & np.uint32(1))) >> last << last
+        return np.where(np.isfinite(data), kept.view(np.float32), data)
+
+    def parts(handle, lost, count):
+        rest, out = handle.data, []
+        for _ in range(count):
+            out.append(part(rest, lost))
+            rest = rest - out[-1]
+        return [Handle(v, tl.float32) for v in out]
 
     @around(Builder, "create_dot")
     def _(original, a, b, acc, precision, *rest):
-        if a.dtype.scalar != tl.float32 or precision not in (precisions.TF32, precisions.TF32x3):
+        if a.dtype.scalar != tl.float32 or precision not in split_products:
             return original(a, b, acc, precision, *rest)
-        (a_high, a_low), (b_high, b_low) = split(a), split(b)
-        if precision == precisions.TF32:
-            return original(a_high, b_high, acc, precision, *rest)
+        lost, pairs = split_products[precision]
+        count = 1 + max((max(pair) for pair in pairs), default=0)
+        a_parts, b_parts = parts(a, lost, count), parts(b, lost, count)
+        if not pairs:
+            return original(a_parts[0], b_parts[0], acc, precision, *rest)
         small = Handle(np.zeros_like(acc.data), tl.float32)
-        for left, right in ((split(a_low)[0], b_high), (a_high, split(b_low)[0])):
-            small = original(left, right, small, precision, *rest)
+        with np.errstate(invalid="ignore"):  # inf - inf, which becomes 0 next
+            for i, j in pairs:
+                small = original(a_parts[i], b_parts[j], small, precision, *rest)
         small = Handle(np.nan_to_num(small.data, nan=0.0, posinf=np.inf, neginf=-np.inf), tl.float32)
-        return Handle(original(a_high, b_high, small, precision, *rest).data + acc.data, tl.float32)
+        return Handle(original(a_parts[0], b_parts[0], small, precision, *rest).data + acc.data, tl.float32)
 
 
 @repair

@@ -74,6 +74,22 @@ def test_regimes(backend, dtype, loss, regime, request):
     assert violations(case(loss, regime, n=40), dtype, backend=backend) == []
 
 
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("precision", ["bf16x6", "tf32x3"])
+def test_float32_products_of_a_gpu(precision, loss, regime, monkeypatch):
+    """Tensor cores multiply float32 in parts (triton_kernels/config.py); the interpreter would do it exactly."""
+    if not INTERPRETED:
+        pytest.skip("for the interpreter")
+    from flashcl.triton_kernels import config
+
+    row = config.row(config.INTERPRETER, "sweep", SINGLE)
+    tile, square = (replace(t, precision=precision) for t in (row.tile, row.square))
+    rows = dict.fromkeys(config._INTERPRETED, config.Row(tile, square))
+    monkeypatch.setitem(config._TABLE, config.INTERPRETER, (rows, rows))
+    assert violations(case(loss, regime, n=40), SINGLE, backend="triton") == []
+
+
 SHAPES = [(1, 4, 5), (2, 2, 1), (3, 7, 2), (17, 19, 3), (33, 70, 17), (64, 65, 64), (31, 33, 100), (20, 23, 512)]
 
 

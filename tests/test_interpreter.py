@@ -119,11 +119,22 @@ def test_bfloat16_dot(generator):
 
 def test_tf32_loses_the_digits_that_a_gpu_loses(generator):
     a, b = torch.randn(32, 16, generator=generator), torch.randn(16, 32, generator=generator)
-    error = {p: (multiply(a, b, p).double() - a.double() @ b.double()).abs().max() for p in ("tf32", "tf32x3", "ieee")}
-    assert error["ieee"] < error["tf32x3"] < 1e-5
+    exact = a.double() @ b.double()
+    error = {p: (multiply(a, b, p).double() - exact).abs().max() for p in ("tf32", "tf32x3", "bf16x6", "ieee")}
+    assert error["ieee"] < error["tf32x3"] < 1e-5 and error["bf16x6"] < error["tf32x3"]
     assert 1e-4 < error["tf32"] < 1e-2
     a[0, 0], b[0, 1] = np.inf, -np.inf  # and infinity stays infinity, without NaN from inf - inf on the way
-    assert torch.equal(multiply(a, b, "tf32x3").isnan(), (a.double() @ b.double()).isnan())
+    for precision in ("tf32x3", "bf16x6"):
+        assert torch.equal(multiply(a, b, precision).isnan(), (a.double() @ b.double()).isnan())
+
+
+def test_bf16x6_adds_six_products(generator):
+    """One of a part with each of b: parts of 8 bits, of which the two smallest products are left out."""
+    a, b = torch.zeros(16, 16), torch.zeros(16, 16)
+    a[0, 0] = 1 + 2**-9 + 2**-18  # three parts
+    b[0, 0] = 1 + 2**-9 + 2**-18
+    kept = 1 + 2 * 2**-9 + 2**-18 + 2 * 2**-18  # without 2 * 2^-27 + 2^-36
+    assert multiply(a, b, "bf16x6")[0, 0] == torch.tensor(kept)
 
 
 def test_dot_size_smaller_than_a_tensor_core_is_refused():
