@@ -44,9 +44,6 @@ struct Lines {
 struct Side {
   const float* weight;  // (K, stride); null where no gradient comes through these lines
   const float* lse;     // (K, stride)
-  // (tiles, 2): the smallest lse of each tile over all classes, and the largest. The exp of a tile is shared where both
-  // are finite and close; so lines without pairs are best left out: +inf and -inf are those of a tile that has no other.
-  const float* range;
   const float* offset;  // (n,) or null
   int64_t stride;
 };

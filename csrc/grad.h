@@ -13,6 +13,7 @@
 
 #include "logits.h"
 #include "numerics.h"
+#include "reduce.h"
 #include "sums.h"
 
 namespace flashcl {
@@ -57,16 +58,13 @@ class Grad {
   };
 
   FLASHCL_LANE Grad(const GradArgs& args, Seat<W> seat, Shared& shared)
-      : a_(args), seat_(seat), tile_(seat.tile), s_(shared), two_sided_(args.col.weight) {
-    // Past the edges there is no tile, and no range of it.
-    if (two_sided_ && a_.block.schedule().wanted(tile_))
-      shift_ = shared_shift(a_.row.range + 2 * tile_.n, a_.col.range + 2 * tile_.m);
-  }
+      : a_(args), seat_(seat), tile_(seat.tile), s_(shared), two_sided_(args.col.weight) {}
 
   // Masks, and coefficients of the columns.
   FLASHCL_LANE void load() {
     const I at = seat_.own_col();
     pairs_.load(a_.block, seat_);
+    shared_ = two_sided_ ? lie_together() : K == 1;
     stage<W>(s_.bias, a_.block.col_bias, tile_.m, at);
     if constexpr (K == 2) {
       stage<W>(s_.offset, a_.col.offset, tile_.m, at);
@@ -77,7 +75,7 @@ class Grad {
       F weight = F(0.0f), lse = F(INF);
       if (two_sided_) {
         const Coefficient<W> col(a_.col, k, tile_.m, at);
-        weight = shift_.safe ? col.weight * W::exp(F(shift_.low) - col.lse) : col.weight;
+        weight = shared_ ? col.weight * W::exp(low_ - col.lse) : col.weight;
         lse = col.lse;
       }
       W::store(s_.weight[k], at, weight, B(true));
@@ -87,11 +85,10 @@ class Grad {
 
   template <class Acc>
   FLASHCL_LANE void visit(Acc& acc) {
-    const bool shared = two_sided_ ? shift_.safe : K == 1;
     if (K == 2 || pairs_.masked)
-      shared ? visit_<true, true>(acc) : visit_<true, false>(acc);
+      shared_ ? visit_<true, true>(acc) : visit_<true, false>(acc);
     else if constexpr (K == 1)
-      shared ? visit_<false, true>(acc) : visit_<false, false>(acc);
+      shared_ ? visit_<false, true>(acc) : visit_<false, false>(acc);
   }
 
   FLASHCL_LANE void finish() { TileSums<W>(a_.sums, a_.block, seat_, s_.sums).finish(); }
@@ -102,8 +99,37 @@ class Grad {
   Place tile_;
   Shared& s_;
   bool two_sided_;
-  SharedShift shift_{true, 0.0f};
+  bool shared_;   // one exp for the rows and columns of the tile
+  F low_;         // its shift, where there are both: the smallest log-sum-exp
   Pairs<W, Program> pairs_;
+
+  // Finds low_, and whether all log-sum-exps lie close above it. Each warp does it for the whole tile: 4 rows and 4
+  // columns a lane. Lines without pairs do not matter, those past the edges hold anything; +inf is not close.
+  FLASHCL_LANE bool lie_together() {
+    F high = F(-INF);
+    low_ = F(INF);
+    FLASHCL_UNROLL
+    for (int k = 0; k < K; ++k) {
+      FLASHCL_UNROLL
+      for (int i = 0; i < TILE; i += 32) {
+        const I at = seat_.lane + I(i);
+        meet(a_.row, k, tile_.n, at, a_.block.N, high);
+        meet(a_.col, k, tile_.m, at, a_.block.M, high);
+      }
+    }
+    high = warp_max<W>(high);
+    low_ = F(0.0f) - warp_max<W>(F(0.0f) - low_);
+    const bool close = !W::any(!(high - low_ < F(SPREAD)));
+    low_ = or_zero<W>(low_);  // of lines without pairs any will do
+    return close;
+  }
+
+  FLASHCL_LANE void meet(const Side& side, int k, int tile, I at, int lines, F& high) {
+    const F lse = W::load(side.lse + k * side.stride + int64_t(tile) * TILE, at);
+    const B counts = (at < I(lines - tile * TILE)) & (lse != F(-INF));
+    high = W::max(high, W::select(counts, lse, F(-INF)));
+    low_ = W::min(low_, W::select(counts, lse, F(INF)));
+  }
 
   // Coefficients of the rows that a lane meets.
   struct RowSide {
@@ -119,8 +145,8 @@ class Grad {
       for (int k = 0; k < K; ++k) {
         const Coefficient<W> row(a_.row, k, tile_.n, seat_.row(r));
         const bool moved = SHARED && two_sided_;
-        out.weight[k][r] = moved ? row.weight * W::exp(F(shift_.low) - row.lse) : row.weight;
-        out.shift[k][r] = moved ? F(shift_.low) : row.lse;
+        out.weight[k][r] = moved ? row.weight * W::exp(low_ - row.lse) : row.weight;
+        out.shift[k][r] = moved ? low_ : row.lse;
       }
     }
     return out;
@@ -172,7 +198,7 @@ class Grad {
       weight = W::select(positive, W::load_shared(s_.weight[1], at), weight);
       if (!SHARED) lse = W::select(positive, W::load_shared(s_.lse[1], at), lse);
     }
-    if (SHARED) return W::exp(s - (K == 2 ? F(shift_.low) : shift)) * (row_weight + weight);
+    if (SHARED) return W::exp(s - (K == 2 ? low_ : shift)) * (row_weight + weight);
     return W::fma(row_weight, W::exp(s - shift), weight * W::exp(s - lse));
   }
 };

@@ -182,17 +182,16 @@ flashcl::Output output(const Problem& p, const G& g, const Maybe<Floats>& lift) 
 using Coefficients = nb::ndarray<const float, nb::ndim<2>>;
 
 flashcl::Side side(const Problem& p, int64_t lines, const Maybe<Coefficients>& weight, const Maybe<Coefficients>& lse,
-                   const Maybe<Floats>& range, const Maybe<Floats>& offset) {
-  if (!weight) return {nullptr, nullptr, nullptr, nullptr, 0};
-  require(lse && range, "weights come with log-sum-exps and their ranges");
+                   const Maybe<Floats>& offset) {
+  if (!weight) return {nullptr, nullptr, nullptr, 0};
+  require(lse.has_value(), "weights come with log-sum-exps");
   for (const Coefficients& v : {*weight, *lse}) {
     require(v.device_type() == p.reader.device_type && v.device_id() == p.reader.device_id,
             "coefficients are on another device");
     require(int(v.shape(0)) == p.classes() && int64_t(v.shape(1)) >= lines, "coefficients must be (classes, lines)");
     require(v.stride(1) == 1 && (p.classes() == 1 || v.stride(0) == weight->stride(0)), "lines must be contiguous");
   }
-  return {weight->data(), lse->data(), p.reader(range, 2 * (lines / TILE), "range"), p.reader(offset, lines, "offset"),
-          weight->stride(0)};
+  return {weight->data(), lse->data(), p.reader(offset, lines, "offset"), weight->stride(0)};
 }
 
 // ---- calls ----
@@ -229,14 +228,14 @@ void sweep(const Problem& p, const Result& row_sums, const Maybe<Floats>& row_ce
   call(args, p.on_cpu(), stream, flashcl::emulate_sweep, flashcl::launch_sweep);
 }
 
-void grad(const Problem& p, const Coefficients& row_weight, const Coefficients& row_lse, const Floats& row_range,
+void grad(const Problem& p, const Coefficients& row_weight, const Coefficients& row_lse, const Maybe<Floats>&,
           const Maybe<Floats>& row_offset, const Maybe<Coefficients>& col_weight, const Maybe<Coefficients>& col_lse,
-          const Maybe<Floats>& col_range, const Maybe<Floats>& col_offset, const G& g, const Maybe<Floats>& lift,
+          const Maybe<Floats>&, const Maybe<Floats>& col_offset, const G& g, const Maybe<Floats>& lift,
           const Maybe<Result>& g_rows, const Maybe<Result>& g_cols, const Maybe<Result>& scaled,
           const Maybe<Floats>& about, uintptr_t stream) {
   require(!p.block.triangular, "G is made of rectangles");
-  const flashcl::GradArgs args{p.block, side(p, p.rows(), row_weight, row_lse, row_range, row_offset),
-                               side(p, p.cols(), col_weight, col_lse, col_range, col_offset),
+  const flashcl::GradArgs args{p.block, side(p, p.rows(), row_weight, row_lse, row_offset),
+                               side(p, p.cols(), col_weight, col_lse, col_offset),
                                sums(p, g_rows, g_cols, {}, scaled, about), output(p, g, lift)};
   call(args, p.on_cpu(), stream, flashcl::emulate_grad, flashcl::launch_grad);
 }
@@ -374,7 +373,7 @@ NB_MODULE(_C, m) {
   m.def("sweep", &sweep, "block"_a, "row_sums"_a.noconvert(), "row_center"_a.noconvert() = none,
         "row_deviation"_a.noconvert() = none, "col_sums"_a.noconvert() = none, "col_center"_a.noconvert() = none,
         "col_deviation"_a.noconvert() = none, "stream"_a = 0, "Statistics of the rows and columns of every tile.");
-  m.def("grad", &grad, "block"_a, "row_weight"_a.noconvert(), "row_lse"_a.noconvert(), "row_range"_a.noconvert(),
+  m.def("grad", &grad, "block"_a, "row_weight"_a.noconvert(), "row_lse"_a.noconvert(), "row_range"_a.noconvert() = none,
         "row_offset"_a.noconvert() = none, "col_weight"_a.noconvert() = none, "col_lse"_a.noconvert() = none,
         "col_range"_a.noconvert() = none, "col_offset"_a.noconvert() = none, "g"_a.noconvert() = none,
         "lift"_a.noconvert() = none, "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none,

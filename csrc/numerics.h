@@ -51,19 +51,4 @@ struct Soft {
   }
 };
 
-// Whether the log-sum-exps of a row tile and of a column tile share one exp. A NaN among them says no, and so does an
-// infinity, but for (+inf, -inf): no line there has a pair.
-struct SharedShift {
-  bool safe;
-  float low;
-};
-
-// `row` and `col` are the smallest log-sum-exp of a tile's lines and the largest.
-FLASHCL_BOTH SharedShift shared_shift(const float* row, const float* col) {
-  const bool safe =
-      row[1] - row[0] < SPREAD && row[1] - col[0] < SPREAD && col[1] - row[0] < SPREAD && col[1] - col[0] < SPREAD;
-  const float low = row[0] < col[0] ? row[0] : col[0];
-  return {safe, low < INF ? low : 0.0f};  // of lines without pairs any low will do
-}
-
 }  // namespace flashcl

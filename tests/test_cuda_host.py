@@ -479,24 +479,24 @@ def test_what_a_float_loses_of_a_log_sum_exp_is_its_low_part():
     assert (out[0].double().sum(0) - want).abs().max() < 2e-11 < 1e-4 < (out[0, 0] - want).abs().max()
 
 
-def raw_grad(p, weight, lse, ranges):
-    """G by the kernel from coefficients as they are, (1, whole tiles) each of rows and columns, and their ranges."""
+def raw_grad(p, weight, lse):
+    """G by the kernel from coefficients as they are, (1, whole tiles) of the rows and perhaps of the columns."""
     (N, M), (tiles_n, tiles_m) = (len(p.x), len(p.y)), (-(-len(v) // TILE) for v in (p.x, p.y))
     g = torch.full((tiles_n * TILE, tiles_m * TILE), torch.nan, dtype=p.x.dtype)
-    sides = dict(row_weight=weight[0], row_lse=lse[0], row_range=ranges[0])
+    sides = dict(row_weight=weight[0], row_lse=lse[0])
     if len(weight) == 2:
-        sides |= dict(col_weight=weight[1], col_lse=lse[1], col_range=ranges[1])
+        sides |= dict(col_weight=weight[1], col_lse=lse[1])
     _C.grad(_C.Block(p.x, p.y, p.logit_scale), **sides, g=g)
     assert not g[N:].any() and not g[:, M:].any()
     return g[:N, :M].double()
 
 
 @pytest.mark.parametrize("sides", [1, 2])
-@pytest.mark.parametrize("how", ["left out of the ranges", "in the ranges"])
-def test_lines_without_pairs_have_no_gradient_whatever_their_weight(sides, how):
-    """Their log-sum-exp is -inf. A range that holds it keeps the tile from sharing its exp; values are the same."""
+@pytest.mark.parametrize("spread", [1, 30], ids=["one exp", "two exps"])
+def test_lines_without_pairs_have_no_gradient_whatever_their_weight(sides, spread):
+    """Their log-sum-exp is -inf, and says nothing of how close those of the tile are."""
     p = problem(200, 300, 16, scale=0.2)
-    lse = [torch.full((1, n), 3.0) + torch.rand(1, n) for n in (256, 384)[:sides]]
+    lse = [torch.full((1, n), 3.0) + spread * torch.rand(1, n) for n in (256, 384)[:sides]]
     weight = [torch.rand(1, v.shape[1]) + 0.5 for v in lse]
     empty = [[0, 33, 199], [5, 131, 299]][:sides]
     for v, w, lines, size in zip(lse, weight, empty, (200, 300)):
@@ -509,32 +509,22 @@ def test_lines_without_pairs_have_no_gradient_whatever_their_weight(sides, how):
     parts[0][empty[0]] = 0
     if sides == 2:
         parts[1][:, empty[1]] = 0
-    ranges = []
-    for v, size in zip(lse, (200, 300)):
-        tiles = [t[t > -torch.inf] if how.startswith("left") else t for t in v[0, :size].split(TILE)]
-        ranges.append(torch.stack([torch.stack([t.min(), t.max()]) for t in tiles]))
-    got, want = raw_grad(p, weight, lse, ranges), sum(parts)
+    got, want = raw_grad(p, weight, lse), sum(parts)
     assert got.isfinite().all() and ((got - want).abs() <= 2**-8 * want.abs() + 1e-30).all()
 
 
-def test_ranges_of_infinities_share_no_exp():
-    """Tiles of which no line, or some lines, or a line with a logit of +inf: never NaN, and +inf where the row is."""
+def test_log_sum_exps_that_are_not_finite_stay_in_their_lines():
+    """Of no line, some lines or all lines of a tile; +inf, where a logit is; NaN."""
     p = problem(128, 128, 8, scale=0.2)
     s = 0.2 * p.x.double() @ p.y.double().T
-    finite, inf = torch.full((1, 128), 2.0), torch.inf
-    none = torch.full((1, 128), -inf)
-    some = torch.where(torch.arange(128) % 2 == 0, finite, none)
-    top = torch.where(torch.arange(128) == 3, inf, finite)
-    ones = [torch.ones(1, 128)] * 2
-    for rows, cols in ((none, none), (none, finite), (finite, none), (some, finite), (some, top), (top, none)):
-        ranges = [torch.stack([v.min(), v.max()])[None] for v in (rows, cols)]
-        got = raw_grad(p, ones, [rows, cols], ranges)
-        row, col = (torch.where(v == -inf, inf, v).double() for v in (rows, cols))
-        want = (s - row.T).exp() + (s - col).exp()
-        assert ((got - want).abs() <= 2**-8 * want).all()
-    # What a caller may say of a tile without any pair: that there is no smallest and no largest.
-    got = raw_grad(p, ones, [none, finite], [torch.tensor([[inf, -inf]]), torch.tensor([[2.0, 2.0]])])
-    assert ((got - (s - 2).exp()).abs() <= 2**-8 * got).all()
+    finite, third = torch.full((1, 128), 2.0), torch.arange(128) == 3
+    some = [torch.where(third, value, finite) for value in (-torch.inf, torch.inf, torch.nan)]
+    lines, ones = [finite, torch.full((1, 128), -torch.inf), *some], [torch.ones(1, 128)] * 2
+    for rows in lines:
+        for cols in lines:
+            row, col = (torch.where(v == -torch.inf, torch.inf, v).double() for v in (rows, cols))
+            want = (s - row.T).exp() + (s - col).exp()
+            assert_close(raw_grad(p, ones, [rows, cols]), want, 2**-8)
 
 
 # ---- rows ----------------------------------------------------------------------------------------------------------------
