@@ -228,11 +228,10 @@ void sweep(const Problem& p, const Result& row_sums, const Maybe<Floats>& row_ce
   call(args, p.on_cpu(), stream, flashcl::emulate_sweep, flashcl::launch_sweep);
 }
 
-void grad(const Problem& p, const Coefficients& row_weight, const Coefficients& row_lse, const Maybe<Floats>&,
+void grad(const Problem& p, const Coefficients& row_weight, const Coefficients& row_lse,
           const Maybe<Floats>& row_offset, const Maybe<Coefficients>& col_weight, const Maybe<Coefficients>& col_lse,
-          const Maybe<Floats>&, const Maybe<Floats>& col_offset, const G& g, const Maybe<Floats>& lift,
-          const Maybe<Result>& g_rows, const Maybe<Result>& g_cols, const Maybe<Result>& scaled,
-          const Maybe<Floats>& about, uintptr_t stream) {
+          const Maybe<Floats>& col_offset, const G& g, const Maybe<Floats>& lift, const Maybe<Result>& g_rows,
+          const Maybe<Result>& g_cols, const Maybe<Result>& scaled, const Maybe<Floats>& about, uintptr_t stream) {
   require(!p.block.triangular, "G is made of rectangles");
   const flashcl::GradArgs args{p.block, side(p, p.rows(), row_weight, row_lse, row_offset),
                                side(p, p.cols(), col_weight, col_lse, col_offset),
@@ -373,10 +372,9 @@ NB_MODULE(_C, m) {
   m.def("sweep", &sweep, "block"_a, "row_sums"_a.noconvert(), "row_center"_a.noconvert() = none,
         "row_deviation"_a.noconvert() = none, "col_sums"_a.noconvert() = none, "col_center"_a.noconvert() = none,
         "col_deviation"_a.noconvert() = none, "stream"_a = 0, "Statistics of the rows and columns of every tile.");
-  m.def("grad", &grad, "block"_a, "row_weight"_a.noconvert(), "row_lse"_a.noconvert(), "row_range"_a.noconvert() = none,
+  m.def("grad", &grad, "block"_a, "row_weight"_a.noconvert(), "row_lse"_a.noconvert(),
         "row_offset"_a.noconvert() = none, "col_weight"_a.noconvert() = none, "col_lse"_a.noconvert() = none,
-        "col_range"_a.noconvert() = none, "col_offset"_a.noconvert() = none, "g"_a.noconvert() = none,
-        "lift"_a.noconvert() = none, "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none,
+        "col_offset"_a.noconvert() = none, "g"_a.noconvert() = none, "lift"_a.noconvert() = none, "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none,
         "scaled"_a.noconvert() = none, "about"_a.noconvert() = none, "stream"_a = 0, "G of a block and sums of it.");
   m.def("sigmoid", &sigmoid, "block"_a, "weight"_a.noconvert(), "softplus"_a.noconvert(), "g"_a.noconvert() = none,
         "lift"_a.noconvert() = none, "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none,

@@ -20,7 +20,8 @@ pytestmark = [
 ]
 
 DEVICE, BF16 = torch.device("cuda"), torch.bfloat16
-SHAPES = [(1, 1, 8), (128, 128, 64), (129, 127, 72), (255, 300, 8), (300, 280, 136), (1000, 1111, 200)]
+# The last one gives every cluster several tiles: both consumers work, and stages are used again.
+SHAPES = [(1, 1, 8), (128, 128, 64), (129, 127, 72), (255, 300, 8), (300, 280, 136), (1000, 1111, 200), (2000, 1900, 264)]
 
 
 @pytest.fixture(scope="module", params=["cuda"])
@@ -88,6 +89,22 @@ def check_like_emulation(backend, p):
 def test_like_emulation(backend, program, N, M, D):
     check_like_emulation(backend, problem(N, M, D, program))
     check_like_emulation(backend, problem(N, N, D, program, triangular=True))
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("N, M, D, shift", [(1, 1, 1, 0), (300, 300, 264, 150), (257, 400, 77, 0), (5000, 5000, 512, 4999)])
+def test_rows_like_emulation(backend, N, M, D, shift, dtype):
+    g = torch.Generator().manual_seed(0)
+    x, y, acc, weight = (torch.randn(*shape, generator=g) for shape in ((N, D), (M, D), (N + 3, D), (N,)))
+    x, y, scale = x.to(dtype), y.to(dtype), torch.tensor([0.3])
+    outs = [torch.empty(N + 3, D, dtype=to) for to in (dtype, torch.float32)]
+    on_gpu = [torch.empty_like(out, device=DEVICE) for out in outs]
+    for out, gpu in zip(outs, on_gpu):
+        backend.finish(acc, y, weight, shift, scale, out)
+        backend.finish(acc.to(DEVICE), y.to(DEVICE), weight.to(DEVICE), shift, scale.to(DEVICE), gpu)
+        assert torch.equal(gpu.cpu(), out)
+    products = backend.partner_products(x.to(DEVICE), y.to(DEVICE), shift)
+    torch.testing.assert_close(products.cpu(), backend.partner_products(x, y, shift), rtol=1e-14, atol=1e-12)
 
 
 @pytest.mark.parametrize("triangular", [False, True])

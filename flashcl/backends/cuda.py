@@ -123,11 +123,9 @@ def partner_products(x: Tensor, y: Tensor, shift: int) -> Tensor:
 
 
 def finish(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor) -> None:
-    if other is None:
-        torch.mul(acc, scale, out=out)
-        return
+    other, weight = (None, None) if other is None else (_rows(other), weight.contiguous())
     with _on(acc.device) as stream:
-        _C.finish(acc, _rows(other), weight.contiguous(), shift, scale.detach(), out, stream)
+        _C.finish(acc, other, weight, shift, scale.detach(), out, stream)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -203,14 +201,12 @@ class _Side(NamedTuple):
 
     weight: Tensor  # (K, n); n is rounded up to whole tiles
     lse: Tensor | None = None  # (K, n)
-    range: Tensor | None = None  # (tiles, 2)
     offset: Tensor | None = None  # (n,)
 
     def at(self, lines: slice) -> _Side:
         """Of the lines from lines.start on. Only the last dimension is cut: a class is as far from the next one as before."""
         cut = (None if v is None else v[..., lines.start :] for v in (self.weight, self.lse))
-        range = None if self.range is None else self.range[lines.start // _C.TILE :]
-        return _Side(*cut, range, None if self.offset is None else self.offset[lines.start :])
+        return _Side(*cut, None if self.offset is None else self.offset[lines.start :])
 
 
 def _sides(p: Problem, c: Softmax | Sigmoid) -> tuple[_Side, _Side | None]:
@@ -224,9 +220,7 @@ def _sides(p: Problem, c: Softmax | Sigmoid) -> tuple[_Side, _Side | None]:
 
 def _side(weight: Tensor, lse: LogSumExp, offset: Tensor | None) -> _Side:
     weight, top = _pad(tiled.folded_weight(weight, lse), 0.0), _pad(lse.top, torch.inf)
-    by_tile = top.unflatten(1, (-1, _C.TILE)).transpose(0, 1).flatten(1)  # (tiles, K * TILE)
-    range = torch.stack(by_tile.aminmax(dim=1), 1)
-    return _Side(weight, top, range, None if offset is None else _pad(offset.float(), 0.0))
+    return _Side(weight, top, None if offset is None else _pad(offset.float(), 0.0))
 
 
 class _TileSums(NamedTuple):
@@ -258,9 +252,9 @@ def _launch(
     if isinstance(c, Sigmoid):
         _C.sigmoid(block, row.weight, sums.softplus, **of_g)
         return
-    sides = dict(row_weight=row.weight, row_lse=row.lse, row_range=row.range, row_offset=row.offset)
+    sides = dict(row_weight=row.weight, row_lse=row.lse, row_offset=row.offset)
     if col is not None:
-        sides |= dict(col_weight=col.weight, col_lse=col.lse, col_range=col.range, col_offset=col.offset)
+        sides |= dict(col_weight=col.weight, col_lse=col.lse, col_offset=col.offset)
     _C.grad(block, **sides, **of_g, about=c.about)
 
 
