@@ -94,7 +94,7 @@ class _Tiles:
                 s.add_(self.p.col_bias[j])
             classes = _classes(self.p.program, [v[i] for v in self.p.rows], [v[j] for v in self.p.cols])
             if classes.dropped is not None:
-                s.masked_fill_(classes.dropped, -torch.inf)
+                s[classes.dropped] = -torch.inf
             yield _Tile(j, y, s, classes, product, free)
 
     def _columns(self, i: slice) -> Iterator[slice]:
@@ -116,10 +116,10 @@ class _Tiles:
 
 
 class _Classes(NamedTuple):
-    """What a pair program says of a tile: (BN, BM) masks, None where they would be empty."""
+    """What a pair program says of a tile, None where it says nothing."""
 
-    dropped: Tensor | None
-    positive: Tensor | None = None
+    dropped: Tensor | tuple[Tensor, Tensor] | None  # an index into the tile: a mask (BN, BM), or the pairs (P,), (P,)
+    positive: Tensor | None = None  # (BN, BM) mask
 
 
 def _classes(program: str, rows: list[Tensor], cols: list[Tensor]) -> _Classes:
@@ -130,17 +130,25 @@ def _classes(program: str, rows: list[Tensor], cols: list[Tensor]) -> _Classes:
             return _Classes(_equal(rows[0], cols[0]))
         case "by_label":
             same, positive = _equal(rows[0], cols[0]), rows[1][:, None] == cols[1]
-            return _Classes(same, positive if same is None else positive & ~same)
+            if same is not None:
+                positive[same] = False
+            return _Classes(same, positive)
     raise ValueError(f"the torch backend has no pair program {program!r}")
 
 
-def _equal(row_id: Tensor, col_id: Tensor) -> Tensor | None:
-    # Ids mostly are row numbers: then only the tiles on the diagonal have equal ones. Only a CPU may look.
-    if row_id.device.type == "cpu":
-        (row_first, row_last), (col_first, col_last) = row_id.aminmax(), col_id.aminmax()
-        if row_last < col_first or col_last < row_first:
-            return None
-    return row_id[:, None] == col_id
+def _equal(row_id: Tensor, col_id: Tensor) -> Tensor | tuple[Tensor, Tensor] | None:
+    """The pairs of equal ids: as a mask on a GPU, where the host must not wait to count them; there mostly are few."""
+    if row_id.device.type != "cpu":
+        return row_id[:, None] == col_id
+    (row_first, row_last), (col_first, col_last) = row_id.aminmax(), col_id.aminmax()
+    if row_last < col_first or col_last < row_first:  # ids mostly are row numbers: only tiles on the diagonal have equal ones
+        return None
+    ordered, j = col_id.sort()
+    first, end = (torch.searchsorted(ordered, row_id, right=right) for right in (False, True))
+    count = end - first  # how many columns have the id of each row
+    i = torch.arange(len(row_id)).repeat_interleave(count)
+    nth = torch.arange(len(i)) - (count.cumsum(0) - count)[i]
+    return i, j[first[i] + nth]
 
 
 # ---- sweep ---------------------------------------------------------------------------------------------------------------
@@ -320,7 +328,7 @@ def grad(
                 col = None if cols is None or (p.triangular and j.start == i.start) else cols.at(j)
                 g = _softmax_tile(s, classes.positive, free, rows.at(i), col)
                 if classes.dropped is not None:  # 0 already, unless the log-sum-exp of its row is NaN
-                    g.masked_fill_(classes.dropped, 0.0)
+                    g[classes.dropped] = 0.0
             if need_scale:
                 centered = product if about is None else torch.sub(product, about, out=free)
                 d_scale += torch.mul(centered, g, out=free).sum(1).sum(dtype=torch.float64)
