@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import flashcl
+from flashcl import reference
 from flashcl.engine import dispatch, ops, positives
 
 
@@ -66,6 +67,18 @@ def test_operators_keep_their_word(monkeypatch):
     engine = {"sweep", "sweep_softplus", "grad", "partner_products", "finish"}
     labels = {"others_with_label", "label_sums", "label_products", "add_labels_"}
     assert checked == {f"flashcl::{name}" for name in engine | labels}
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "siglip", "nt_xent"])
+def test_one_tensor_as_both_towers(loss):
+    """Then the gradient of x is that of both, and S is no triangle all the same."""
+    options = dict(logit_scale=2.0) if loss != "nt_xent" else {}
+    options |= dict(logit_bias=-1.0) if loss == "siglip" else {}
+    for module in (flashcl, reference):
+        x = leaf(11)
+        getattr(module, loss)(x, x, **options).backward()
+        got = x.grad if module is flashcl else got
+    torch.testing.assert_close(got, x.grad, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -127,7 +127,8 @@ class Plan:
         grad = self.meeting() + self.program_vectors(False)
         grad += self.all_gather(self.lines * 3 * k * STATISTIC)  # weight, top and rest of each column
         if self.learnable_scale:
-            grad += self.meeting() + self.all_reduce(2 * (self.dim + 1) * STATISTIC)
+            towers = 1 if self.symmetric else 2
+            grad += self.meeting() + self.all_reduce(towers * (self.dim + 1) * STATISTIC)  # for the mean product
         labels = []
         if self.loss == "sup_con":
             sweep += self.all_reduce(total * 8)  # deviations
@@ -135,9 +136,8 @@ class Plan:
             whole = self.others(strategy, self.dim * self.itemsize, half=False)
             count = self.meeting() + self.all_gather(self.lines * 8)
             sums = [self.meeting() + self.all_gather(self.lines * (8 + STATISTIC * p)) for p in (1, 2)]
-            # Means of the positives: forward; backward for their gradients and, with a learnable scale, once more.
-            again = sums[0] + whole if self.learnable_scale else 0.0
-            labels = [Walk("label sums", 0.0, 2 * whole, 0.0, 2 * count + sum(sums) + again)]
+            # Means of the positives forward, their gradients backward.
+            labels = [Walk("label sums", 0.0, 2 * whole, 0.0, 2 * count + sum(sums))]
         return [
             *labels,
             Walk("forward", self.flops(2), self.rows(strategy), 0.0, sweep),

@@ -107,7 +107,7 @@ class _LogSumExp(torch.autograd.Function):
         problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, pairs), pairs.positives()
         products, mean = None, None
         if positives is not None:
-            products = positives.products(problem.x, problem.y, backend)  # (N,) float64
+            products = positives.products(problem, backend)  # (N,) float64
             mean = _logits(products, problem)
         if pairs.labels is not None:
             problem = replace(problem, center=mean.to(problem.stat_dtype))
@@ -203,7 +203,7 @@ class _SoftplusSum(torch.autograd.Function):
     def forward(ctx, x, y, logit_scale, row_bias, pairs: Pairs, per_row: bool, backend: str):
         ctx.pairs, ctx.per_row, ctx.backend = pairs, per_row, backend
         problem, positives = _problem(x, y, logit_scale, row_bias, None, pairs), pairs.positives()
-        products = positives.products(x, y, backend)
+        products = positives.products(problem, backend)
         pos = _logits(products, problem)
         of_positive = torch.nn.functional.softplus(-pos, threshold=50.0)
         d_pos = torch.expm1(-of_positive)  # -sigmoid(-pos), from exp(-softplus(-pos)) = sigmoid(pos)
@@ -270,7 +270,7 @@ def _gradients(
     if positives is None:
         dx, dy = (None if d is None else ops.finish(d, None, None, 0, p.logit_scale, dtype, backend=backend) for d in (dx, dy))
     else:
-        dx, dy = positives.finish(dx, dy, p.x, p.y, d_pos.to(p.stat_dtype), p.logit_scale, dtype, backend)
+        dx, dy = positives.finish(p, dx, dy, d_pos.to(p.stat_dtype), dtype, backend)
         d_row_bias = d_row_bias + d_pos.to(p.stat_dtype) if need_row_bias else None
     return _Gradients(
         dx,

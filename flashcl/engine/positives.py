@@ -5,8 +5,8 @@ Both kinds answer the same two questions, with t_i the mean of the positives of 
     products    <x_i, t_i>, (N,) float64
     finish      dx_i = scale (dx_i + w_i t_i),  dy_j = scale (dy_j + sum over the rows i of which j is a positive of w_i x_i / |P(i)|)
 
-Added in the wide accumulators before the gradient is rounded, a positive cancels exactly what it must cancel. Where x is
-y, dx receives both. What runs over rows in chunks is a registered operator, so that torch.compile sees one node whatever N.
+Added in the wide accumulators before the gradient is rounded, a positive cancels exactly what it must cancel. Of a
+triangular problem dx receives both. What runs over rows in chunks is a registered operator, so that torch.compile sees one node whatever N.
 """
 
 from __future__ import annotations
@@ -18,25 +18,27 @@ import torch
 from torch import Tensor
 
 from flashcl.engine import distributed, ops
+from flashcl.engine.problem import Problem
 
 
 @dataclass(frozen=True)
 class Partner:
-    """One positive per row i: the column (i + shift) mod M of this rank. Where x is y, i is the partner of its partner."""
+    """One positive per row i: the column (i + shift) mod M of this rank. Of a triangular problem i is that of its partner."""
 
     shift: int
 
-    def products(self, x: Tensor, y: Tensor, backend: str) -> Tensor:
-        return ops.partner_products(x, y, self.shift, backend=backend)
+    def products(self, p: Problem, backend: str) -> Tensor:
+        return ops.partner_products(p.x, p.y, self.shift, backend=backend)
 
-    def finish(self, dx: Tensor | None, dy: Tensor | None, x: Tensor, y: Tensor, weight: Tensor, scale: Tensor,
-               dtype: torch.dtype, backend: str) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    def finish(
+        self, p: Problem, dx: Tensor | None, dy: Tensor | None, weight: Tensor, dtype: torch.dtype, backend: str
+    ) -> tuple[Tensor | None, Tensor | None]:
         of_partner = weight.roll(self.shift) if self.shift else weight  # of the row that a column is the partner of
         if dx is not None:
-            w = weight + of_partner if x is y else weight
-            dx = ops.finish(dx, y, w, self.shift, scale, dtype, backend=backend)
+            w = weight + of_partner if p.triangular else weight
+            dx = ops.finish(dx, p.y, w, self.shift, p.logit_scale, dtype, backend=backend)
         if dy is not None:
-            dy = ops.finish(dy, x, of_partner, -self.shift, scale, dtype, backend=backend)
+            dy = ops.finish(dy, p.x, of_partner, -self.shift, p.logit_scale, dtype, backend=backend)
         return dx, dy
 
 
@@ -52,17 +54,18 @@ class SameLabel:
     def of(labels: Tensor, group: str) -> SameLabel:
         return SameLabel(labels, _others_with_label(labels, group), group)
 
-    def products(self, x: Tensor, y: Tensor, backend: str) -> Tensor:
-        ones = torch.ones(1, len(x), dtype=_wide(x), device=x.device)
-        return _label_products(x, *_label_sums(x, self.labels, ones, self.group)) * self._inverse_count()
+    def products(self, p: Problem, backend: str) -> Tensor:
+        ones = torch.ones_like(p.x[:, 0], dtype=p.stat_dtype)[None]
+        return _label_products(p.x, *_label_sums(p.x, self.labels, ones, self.group)) * self._inverse_count()
 
-    def finish(self, dx: Tensor | None, dy: None, x: Tensor, y: Tensor, weight: Tensor, scale: Tensor,
-               dtype: torch.dtype, backend: str) -> tuple[Tensor | None, None]:  # fmt: skip
+    def finish(
+        self, p: Problem, dx: Tensor | None, dy: None, weight: Tensor, dtype: torch.dtype, backend: str
+    ) -> tuple[Tensor | None, None]:
         if dx is not None:
             each = weight * self._inverse_count().to(weight.dtype)
             weights = torch.stack([torch.ones_like(each), each])
-            _add_labels_(dx, x, each, *_label_sums(x, self.labels, weights, self.group))
-            dx = ops.finish(dx, None, None, 0, scale, dtype, backend=backend)
+            _add_labels_(dx, p.x, each, *_label_sums(p.x, self.labels, weights, self.group))
+            dx = ops.finish(dx, None, None, 0, p.logit_scale, dtype, backend=backend)
         return dx, None
 
     def _inverse_count(self) -> Tensor:
@@ -70,10 +73,6 @@ class SameLabel:
 
 
 # ---- operators -----------------------------------------------------------------------------------------------------------
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
