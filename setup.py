@@ -3,6 +3,8 @@
 FLASHCL_CUDA   auto (default): build _C if possible, else warn and go on | 1: fail if it cannot be built | 0: never
 FLASHCL_ARCHS  GPU architectures as nvcc names them, "80;90a" (default "90a"); machine code only, no PTX
 CUDA_HOME, CUDA_PATH, PATH are searched for nvcc in this order. The CUTLASS headers are those of the package nvidia-cutlass.
+
+Where nvcc is, building needs nanobind and nvidia-cutlass as well (pip install asks for them); elsewhere setuptools alone.
 """
 
 import importlib.util
@@ -18,6 +20,12 @@ from pathlib import Path
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError, ExecError
+
+# nvidia-cutlass for its headers alone; it brings scipy, networkx and more: only where they are of use.
+NEEDED_BY_EXTENSION = ["nanobind>=3.1", "nvidia-cutlass>=4.2"]
+
+# When pip asks for the requirements it runs this file, too, with this command, and none of them is there yet.
+ASKED_FOR_REQUIREMENTS = "egg_info" in sys.argv
 
 ABI_FLOOR = (3, 10)  # one binary serves this CPython and every later one
 
@@ -60,6 +68,12 @@ def obstacle():
     return None
 
 
+def requirements():
+    """What pip is to install before it builds, beside what pyproject.toml says."""
+    wanted = ASKED_FOR_REQUIREMENTS and cuda_mode() != "0" and find_nvcc() is not None
+    return NEEDED_BY_EXTENSION if wanted else []
+
+
 def sources():
     """Files of csrc/, without those of a GPU generation that is not asked for."""
     files = sorted(path for suffix in ("cpp", "cu") for path in Path("csrc").glob(f"*.{suffix}"))
@@ -68,7 +82,7 @@ def sources():
 
 def extensions():
     mode = cuda_mode()
-    if mode == "0":
+    if mode == "0" or ASKED_FOR_REQUIREMENTS:
         return []
     if reason := obstacle():
         if mode == "1":
@@ -182,6 +196,7 @@ def packages():
 
 extension_modules = extensions()
 setup(
+    setup_requires=requirements(),
     packages=packages(),
     package_dir={"flashcl.triton_kernels": "triton_kernels"},
     ext_modules=extension_modules,

@@ -222,3 +222,21 @@ def test_csrc_knows_no_torch():
     ]
     assert includes
     assert not [(name, line) for name, line in includes if re.search(r"torch|ATen|c10", line)]
+
+
+@pytest.mark.parametrize("what", ["wheel", "editable"])
+def test_only_where_nvcc_is_the_build_asks_for_cutlass(what, tmp_path):
+    """A machine without nvcc builds with setuptools alone: the CUTLASS package brings a lot that it has no use for."""
+    tree, folder = copy_of_repo(tmp_path / "tree"), tmp_path / "bin"
+    folder.mkdir()
+    ask = f"from setuptools import build_meta; print('ASKED', build_meta.get_requires_for_build_{what}())"
+
+    def asked(**environment):
+        lines = output_of(ask, tree, PATH=str(folder), **environment).splitlines()
+        return ast.literal_eval(next(line for line in lines if line.startswith("ASKED")).removeprefix("ASKED"))
+
+    assert asked() == []
+    (folder / "nvcc").touch(mode=0o755)
+    for mode in ("auto", "1"):
+        assert {re.split(r"\W*>=", name)[0] for name in asked(FLASHCL_CUDA=mode)} == {"nanobind", "nvidia-cutlass"}
+    assert asked(FLASHCL_CUDA="0") == []
