@@ -14,6 +14,7 @@ if not INTERPRETED:
 
 from interpreter import reversed_programs
 
+from flashcl.backends import tiled
 from flashcl.backends import triton as backend
 from flashcl.engine.problem import CLASSES, LogSumExp, Problem, Sigmoid, Softmax
 from flashcl.triton_kernels import grad as grad_module
@@ -424,8 +425,8 @@ def test_blocks_give_the_whole(dtype, program):
     """A workspace of a few tiles: blocks are split along the rows and along the columns, and add up."""
     p = problem(70, 100, 16, dtype, program, bias=True)
     small = 64 * 64 * p.x.itemsize
-    blocks = list(backend._blocks(p, plan(), cells=64 * 64))
-    assert len({i.start for i, _, _ in blocks}) > 1 and len({j.start for _, j, _ in blocks}) > 1
+    blocks = list(tiled.blocks(p, 64 * 64, plan().step()))
+    assert len({i.start for i, _ in blocks}) > 1 and len({j.start for _, j in blocks}) > 1
     check_sweep(p, workspace=1024)
     check_grad(p, softmax(p), workspace=small, need_bias=True)
     check_grad(p, Sigmoid(torch.randn(70)), workspace=small, need_bias=True)
@@ -438,12 +439,12 @@ def test_blocks_are_bounded_and_cover_the_matrix_once():
         x, y = torch.empty(1, 1).expand(N, 1), torch.empty(1, 1).expand(M, 1)
         for triangular in {False, N == M}:
             p = Problem(x, y, torch.ones(1), triangular=triangular)
-            blocks = list(backend._blocks(p, plan(Tile(128, 128, 64, 8, 3)), cells=2**28))
-            cells = [(i.stop - i.start) * (j.stop - j.start) for i, j, _ in blocks]
+            blocks = list(tiled.blocks(p, 2**28, tile=128))
+            cells = [(i.stop - i.start) * (j.stop - j.start) for i, j in blocks]
             assert all(c <= 2**28 for c in cells)
-            off_diagonal = sum(c for c, (i, j, _) in zip(cells, blocks) if i != j)
+            off_diagonal = sum(c for c, (i, j) in zip(cells, blocks) if i != j)
             assert sum(cells) + (off_diagonal if triangular else 0) == N * M
-            assert all(i.start % 128 == 0 and j.start % 128 == 0 for i, j, _ in blocks)
+            assert all(i.start % 128 == 0 and j.start % 128 == 0 for i, j in blocks)
 
 
 @pytest.mark.parametrize("program", CLASSES)

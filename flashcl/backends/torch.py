@@ -94,7 +94,7 @@ class _Tiles:
                 s.add_(self.p.col_bias[j])
             classes = _classes(self.p.program, [v[i] for v in self.p.rows], [v[j] for v in self.p.cols])
             if classes.dropped is not None:
-                s[classes.dropped] = -torch.inf
+                _fill_(s, classes.dropped, -torch.inf)
             yield _Tile(j, y, s, classes, product, free)
 
     def _columns(self, i: slice) -> Iterator[slice]:
@@ -131,7 +131,7 @@ def _classes(program: str, rows: list[Tensor], cols: list[Tensor]) -> _Classes:
         case "by_label":
             same, positive = _equal(rows[0], cols[0]), rows[1][:, None] == cols[1]
             if same is not None:
-                positive[same] = False
+                _fill_(positive, same, False)
             return _Classes(same, positive)
     raise ValueError(f"the torch backend has no pair program {program!r}")
 
@@ -144,11 +144,18 @@ def _equal(row_id: Tensor, col_id: Tensor) -> Tensor | tuple[Tensor, Tensor] | N
     if row_last < col_first or col_last < row_first:  # ids mostly are row numbers: only tiles on the diagonal have equal ones
         return None
     ordered, j = col_id.sort()
-    first, end = (torch.searchsorted(ordered, row_id, right=right) for right in (False, True))
+    first, end = (torch.searchsorted(ordered, row_id.contiguous(), right=right) for right in (False, True))
     count = end - first  # how many columns have the id of each row
-    i = torch.arange(len(row_id)).repeat_interleave(count)
-    nth = torch.arange(len(i)) - (count.cumsum(0) - count)[i]
+    i = torch.arange(len(row_id), device="cpu").repeat_interleave(count)
+    nth = torch.arange(len(i), device="cpu") - (count.cumsum(0) - count)[i]
     return i, j[first[i] + nth]
+
+
+def _fill_(tile: Tensor, pairs: Tensor | tuple[Tensor, Tensor], value: float) -> None:
+    if isinstance(pairs, tuple):
+        tile[pairs] = value
+    else:
+        tile.masked_fill_(pairs, value)  # an assignment at a mask may count the pairs first, and the host wait for it
 
 
 # ---- sweep ---------------------------------------------------------------------------------------------------------------
@@ -328,7 +335,7 @@ def grad(
                 col = None if cols is None or (p.triangular and j.start == i.start) else cols.at(j)
                 g = _softmax_tile(s, classes.positive, free, rows.at(i), col)
                 if classes.dropped is not None:  # 0 already, unless the log-sum-exp of its row is NaN
-                    g[classes.dropped] = 0.0
+                    _fill_(g, classes.dropped, 0.0)
             if need_scale:
                 centered = product if about is None else torch.sub(product, about, out=free)
                 d_scale += torch.mul(centered, g, out=free).sum(1).sum(dtype=torch.float64)
