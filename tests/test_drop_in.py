@@ -325,6 +325,7 @@ def wrong_on_rank(rank: int, world: int, row: str) -> str:
     loss = run(CALLS_OF_RANKS[row], names | {"c": labels[rank], "g": dist.group.WORLD, "W": world})
     got = with_gradients(loss, names)
     for name in numbers:
+        got[name] = got[name].detach()  # zeros made for a missing gradient require one in torch 2.7
         dist.all_reduce(got[name])
         got[name] /= world
     try:

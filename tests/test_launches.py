@@ -8,7 +8,6 @@ import collections
 
 import pytest
 import torch
-from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 pytest.importorskip("triton")
@@ -57,7 +56,7 @@ class Launches(TorchDispatchMode):
         namespace, name = operator._schema.name.split("::")
         if namespace == "flashcl":
             with self:
-                return OPDEFS[operator._schema.name]._init_fn(*args, **kwargs or {})
+                return operator._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs or {})
         out = operator(*args, **kwargs or {})
         copied = name in PERHAPS_FREE and out.untyped_storage().data_ptr() != args[0].untyped_storage().data_ptr()
         if copied or name not in FREE | PERHAPS_FREE:

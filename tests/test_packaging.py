@@ -143,7 +143,7 @@ def test_wheel_metadata(tree, out):
     assert "flashcl = flashcl.cli:main" in files["entry_points.txt"]
     assert files["LICENSE"] == (REPO / "LICENSE").read_text()
     assert "License-Expression: Apache-2.0" in files["METADATA"]
-    assert "Requires-Dist: torch>=2.6\n" in files["METADATA"]
+    assert "Requires-Dist: torch>=2.7\n" in files["METADATA"]
 
 
 def test_sdist_is_enough_to_build_from(tree, out, tmp_path):

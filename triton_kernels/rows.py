@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tile import on
+from .tile import cdiv, on
 
 BR, BD = 4, 256  # rows and columns that a program walks: 1024 elements, 8 for each thread of 4 warps
 
@@ -72,7 +72,7 @@ def partner_products(x: Tensor, y: Tensor, shift: int) -> Tensor:
     (N, D), M = x.shape, len(y)
     out = torch.empty(N, dtype=torch.float64, device=x.device)
     with on(x.device):
-        partner_products_kernel[(triton.cdiv(N, BR),)](x, y, out, N, M, D, x.stride(0), y.stride(0), shift, BR=BR, BD=BD)
+        partner_products_kernel[(cdiv(N, BR),)](x, y, out, N, M, D, x.stride(0), y.stride(0), shift, BR=BR, BD=BD)
     return out
 
 
@@ -86,7 +86,7 @@ def finish(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int,
         other, weight, C, n = _rows(other), weight.contiguous(), len(other), len(weight)
     stride = 0 if other is None else other.stride(0)
     with on(acc.device):
-        finish_kernel[triton.cdiv(R, BR), triton.cdiv(D, BD)](
+        finish_kernel[cdiv(R, BR), cdiv(D, BD)](
             acc, other, weight, scale, out, R, C, n, D, acc.stride(0), stride, out.stride(0), shift, BR=BR, BD=BD
         )  # fmt: skip
 

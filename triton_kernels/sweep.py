@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .config import Tile
 from .programs import Program
-from .tile import Block, grid, load_vectors, logits, on, operands, options, product, tile_of
+from .tile import Block, cdiv, grid, load_vectors, logits, on, operands, options, product, tile_of
 
 # With one top for a whole tile, terms exp(s - top) below 2^-126 are lost, at most 2^9 of them in a line: less than 2^-117
 # together. A total above TINY has thus lost less than 2^-27 of itself, an eighth of the float32 rounding unit.
@@ -271,6 +271,6 @@ def fold(sums: Tensor, out: Tensor, *, first: bool, last: bool) -> None:
     K, _, T, stride = sums.shape
     n = out.shape[2]
     with on(out.device):
-        fold_kernel[triton.cdiv(n, 64), K](
+        fold_kernel[cdiv(n, 64), K](
             sums, out, T, n, stride, out.stride(1), FIRST=first, LAST=last, BT=32, BC=64
         )  # fmt: skip

@@ -16,7 +16,7 @@ from flashcl.triton_kernels import config, grad as grad_kernels, rows as row_ker
 from flashcl.triton_kernels.grad import Side, Sums
 from flashcl.triton_kernels.programs import PROGRAMS
 from flashcl.triton_kernels.sweep import Lines
-from flashcl.triton_kernels.tile import Block
+from flashcl.triton_kernels.tile import Block, cdiv
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -82,7 +82,7 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool = False, plan: Plan | None 
         diagonal = p.triangular and i == j
         tile = plan.square if diagonal else plan.tile
         x, y, block = _block(p, i, j)
-        tiles_n, tiles_m = triton.cdiv(block.N, tile.BN), triton.cdiv(block.M, tile.BM)
+        tiles_n, tiles_m = cdiv(block.N, tile.BN), cdiv(block.M, tile.BM)
         col_center = p.center if p.triangular else p.col_center
         rows = _lines(p, p.center, tiles_m, tiles_n * tile.BN, i)
         cols = None if col is None else rows if diagonal else _lines(p, col_center, tiles_n, tiles_m * tile.BM, j)
@@ -113,7 +113,7 @@ def sweep_softplus(p: Problem, *, plan: Plan | None = None) -> Tensor:
     total = torch.zeros(len(p.x), device=p.x.device)
     for i, j in tiled.blocks(p, plan.workspace / _bytes_of_sums(p, plan), plan.step()):
         x, y, block = _block(p, i, j)
-        sums = torch.empty(triton.cdiv(block.M, plan.tile.BM), tiled.whole(block.N, plan.tile.BN), device=x.device)
+        sums = torch.empty(cdiv(block.M, plan.tile.BM), tiled.whole(block.N, plan.tile.BN), device=x.device)
         sweep_kernels.sweep(x, y, block, None, None, sums, program, False, plan.tile)
         total[i].add_(sums.sum(0)[: block.N])
     return total
@@ -226,8 +226,8 @@ def _part(side: Side | None, at: slice) -> Side | None:
 
 def _sums_of_tiles(totals: Sums, block: Block, tile: config.Tile, scaled: Tensor | None, about: Tensor | None) -> Sums:
     """Room for the sums of every tile, of those that are wanted."""
-    along_rows = triton.cdiv(block.M, tile.BM), tiled.whole(block.N, tile.BN)
-    along_cols = triton.cdiv(block.N, tile.BN), tiled.whole(block.M, tile.BM)
+    along_rows = cdiv(block.M, tile.BM), tiled.whole(block.N, tile.BN)
+    along_cols = cdiv(block.N, tile.BN), tiled.whole(block.M, tile.BM)
     shapes = along_rows, along_cols, along_rows
     lines = (None if total is None else total.new_empty(shape) for total, shape in zip(totals, shapes))
     return Sums(*lines, scaled, about)

@@ -13,11 +13,32 @@ A triangular problem goes without y. An absent output is a tensor without elemen
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from flashcl.engine import dispatch, distributed
 from flashcl.engine.problem import CLASSES, Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
+
+_library = torch.library.Library("flashcl", "FRAGMENT")
+
+
+def operator(name: str, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Registers a function as the operator flashcl::name; `fake` makes empty outputs from the same arguments.
+
+    What torch.library.custom_op does, less its autograd and its checks of every call: they take 10 to 60 us of the host each
+    (bench/NOTES.md), and all calls come from inside an autograd function.
+    """
+
+    def register(function: Callable) -> Callable:
+        schema = torch.library.infer_schema(function, mutates_args=mutates)
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"flashcl::{name}", fake, lib=_library)
+        return getattr(torch.ops.flashcl, name).default
+
+    return register
 
 
 def sweep(problem: Problem, *, need_cols: bool, keep: bool, backend: str, group: str) -> Statistics:
@@ -86,14 +107,9 @@ def sum_over_ranks(v: Tensor, group: str) -> Tensor:
     return _sum_over_ranks(v, group) if group else v
 
 
-@torch.library.custom_op("flashcl::sum_over_ranks", mutates_args=())
+@operator("sum_over_ranks", fake=lambda v, group: torch.empty_like(v))
 def _sum_over_ranks(v: Tensor, group: str) -> Tensor:
     return distributed.sum_over_ranks(v, group)
-
-
-@_sum_over_ranks.register_fake
-def _(v, group):
-    return torch.empty_like(v)
 
 
 def same_on_all_ranks(v: Tensor, what: str, group: str) -> Tensor:
@@ -101,28 +117,18 @@ def same_on_all_ranks(v: Tensor, what: str, group: str) -> Tensor:
     return _same_on_all_ranks(v, what, group) if group else v
 
 
-@torch.library.custom_op("flashcl::same_on_all_ranks", mutates_args=())
+@operator("same_on_all_ranks", fake=lambda v, what, group: torch.empty_like(v))
 def _same_on_all_ranks(v: Tensor, what: str, group: str) -> Tensor:
     distributed.agree_on(v, what, group)
     return v.clone()
 
 
-@_same_on_all_ranks.register_fake
-def _(v, what, group):
-    return torch.empty_like(v)
-
-
-@torch.library.custom_op("flashcl::partner_products", mutates_args=())
+@operator("partner_products", fake=lambda x, y, shift, backend: x.new_empty(x.shape[0], dtype=torch.float64))
 def _partner_products(x: Tensor, y: Tensor, shift: int, backend: str) -> Tensor:
     return dispatch.load(backend).partner_products(x, y, shift % max(len(y), 1))
 
 
-@_partner_products.register_fake
-def _(x, y, shift, backend):
-    return x.new_empty(x.shape[0], dtype=torch.float64)
-
-
-@torch.library.custom_op("flashcl::finish", mutates_args=("acc", "out"))
+@operator("finish", fake=lambda *_: None, mutates=("acc", "out"))
 def _finish(
     acc: Tensor,
     other: Tensor | None,
@@ -145,7 +151,16 @@ def _present(*tensors: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
     return tuple(like.new_empty(0) if v is None else v for v in tensors)
 
 
-@torch.library.custom_op("flashcl::sweep", mutates_args=())
+def _empty_statistics(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center, need_cols, keep, backend, group):
+    new, k, has_cols = logit_scale.new_empty, CLASSES[program], need_cols and y is not None
+    row, col = (k, 2, x.shape[0]), (k, 2, y.shape[0]) if has_cols else (0,)
+    deviation = new(0) if center is None else new(x.shape[0], dtype=torch.float64)
+    problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center)
+    kept = dispatch.load(backend).kept_elements(problem) if keep and not group else 0
+    return new(row), new(col), deviation, new(kept)
+
+
+@operator("sweep", fake=_empty_statistics)
 def _sweep(
     x: Tensor,
     y: Tensor | None,
@@ -170,17 +185,7 @@ def _sweep(
     return _present(s.row.parts, None if s.col is None else s.col.parts, s.deviation, s.kept, like=logit_scale)
 
 
-@_sweep.register_fake
-def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center, need_cols, keep, backend, group):
-    new, k, has_cols = logit_scale.new_empty, CLASSES[program], need_cols and y is not None
-    row, col = (k, 2, x.shape[0]), (k, 2, y.shape[0]) if has_cols else (0,)
-    deviation = new(0) if center is None else new(x.shape[0], dtype=torch.float64)
-    problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center)
-    kept = dispatch.load(backend).kept_elements(problem) if keep and not group else 0
-    return new(row), new(col), deviation, new(kept)
-
-
-@torch.library.custom_op("flashcl::sweep_softplus", mutates_args=())
+@operator("sweep_softplus", fake=lambda x, y, logit_scale, *_: logit_scale.new_empty(x.shape[0]))
 def _sweep_softplus(
     x: Tensor,
     y: Tensor | None,
@@ -198,12 +203,20 @@ def _sweep_softplus(
     return distributed.sweep_softplus(module, problem, group) if group else module.sweep_softplus(problem)
 
 
-@_sweep_softplus.register_fake
-def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, backend, group):
-    return logit_scale.new_empty(x.shape[0])
+def _empty_grads(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_lse, col_weight, col_lse,
+      row_offset, col_offset, about, kept, need_x, need_y, need_bias, need_scale, backend, group):  # fmt: skip
+    new = logit_scale.new_empty
+    return (
+        new(x.shape if need_x else 0),
+        new(y.shape if need_y and y is not None else 0),
+        new(x.shape[0] if need_bias else 0),
+        new((x if y is None else y).shape[0] if need_bias else 0),
+        new((), dtype=torch.float64) if need_scale else new(0),
+        new(x.shape[0] if row_lse is None else 0),
+    )
 
 
-@torch.library.custom_op("flashcl::grad", mutates_args=())
+@operator("grad", fake=_empty_grads)
 def _grad(
     x: Tensor,
     y: Tensor | None,
@@ -238,17 +251,3 @@ def _grad(
     module = dispatch.load(backend)
     g = distributed.grad(module, problem, c, group, **needs) if group else module.grad(problem, c, kept=kept, **needs)
     return _present(g.dx, g.dy, g.g_rows, g.g_cols, g.d_scale, g.row_sum, like=logit_scale)
-
-
-@_grad.register_fake
-def _(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_lse, col_weight, col_lse,
-      row_offset, col_offset, about, kept, need_x, need_y, need_bias, need_scale, backend, group):  # fmt: skip
-    new = logit_scale.new_empty
-    return (
-        new(x.shape if need_x else 0),
-        new(y.shape if need_y and y is not None else 0),
-        new(x.shape[0] if need_bias else 0),
-        new((x if y is None else y).shape[0] if need_bias else 0),
-        new((), dtype=torch.float64) if need_scale else new(0),
-        new(x.shape[0] if row_lse is None else 0),
-    )

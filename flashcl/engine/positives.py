@@ -85,19 +85,18 @@ def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(v.split(rows) for v in tensors))
 
 
-@torch.library.custom_op("flashcl::others_with_label", mutates_args=())
+@ops.operator("others_with_label", fake=lambda labels, group: torch.empty_like(labels, dtype=torch.int64))
 def _others_with_label(labels: Tensor, group: str) -> Tensor:
     """How many other rows, of all ranks, have the label of each row: (N,) int64."""
     ordered = (distributed.labels_of_all(labels, group) if group else labels).sort().values
     return torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels) - 1
 
 
-@_others_with_label.register_fake
-def _(labels, group):
-    return torch.empty_like(labels, dtype=torch.int64)
+def _empty_sums(x, labels, weights, group):
+    return weights.new_empty(*weights.shape, x.shape[1]), torch.empty_like(labels, dtype=torch.int64)
 
 
-@torch.library.custom_op("flashcl::label_sums", mutates_args=())
+@ops.operator("label_sums", fake=_empty_sums)
 def _label_sums(x: Tensor, labels: Tensor, weights: Tensor, group: str) -> tuple[Tensor, Tensor]:
     """Sums of weights[p, j] x_j over all rows j, of all ranks, with one label, for each label that occurs here.
 
@@ -119,24 +118,14 @@ def _label_sums(x: Tensor, labels: Tensor, weights: Tensor, group: str) -> tuple
     return sums, slot
 
 
-@_label_sums.register_fake
-def _(x, labels, weights, group):
-    return weights.new_empty(*weights.shape, x.shape[1]), torch.empty_like(labels, dtype=torch.int64)
-
-
-@torch.library.custom_op("flashcl::label_products", mutates_args=())
+@ops.operator("label_products", fake=lambda x, sums, slot: x.new_empty(x.shape[0], dtype=torch.float64))
 def _label_products(x: Tensor, sums: Tensor, slot: Tensor) -> Tensor:
     """<x_i, sum of the other rows with its label>, (N,) float64"""
     total = [((sums[0][k] - a.to(sums.dtype)) * a).sum(1) for a, k in _in_chunks(x, slot)]
     return torch.cat(total).double()
 
 
-@_label_products.register_fake
-def _(x, sums, slot):
-    return x.new_empty(x.shape[0], dtype=torch.float64)
-
-
-@torch.library.custom_op("flashcl::add_labels_", mutates_args=("dx",))
+@ops.operator("add_labels_", fake=lambda *_: None, mutates=("dx",))
 def _add_labels_(dx: Tensor, x: Tensor, each: Tensor, sums: Tensor, slot: Tensor) -> None:
     """dx_i += each_i (sum of x_j) + sum of each_j x_j, over the other rows j with its label"""
     for d, a, k, e in _in_chunks(dx, x, slot, each):

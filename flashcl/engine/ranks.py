@@ -62,7 +62,8 @@ class Group:
         """The argument `group` of a loss."""
         if group is None:
             return None
-        if not isinstance(group, Group) and not hasattr(group, "group_name"):  # inside torch.compile it is of another type
+        compiling = torch.compiler.is_compiling()  # then a ProcessGroup is of another type, which one depends on the version
+        if not isinstance(group, (Group, dist.ProcessGroup)) and not compiling:
             raise TypeError(f"group must be a torch.distributed ProcessGroup or a flashcl.Group, got {type(group).__name__}")
         group = group if isinstance(group, Group) else Group(group)
         if group.convention.startswith("global") and reduction != "mean":
