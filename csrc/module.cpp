@@ -159,7 +159,6 @@ Problem problem(const Matrix& x, const Matrix& y, const Floats& logit_scale, con
 
 flashcl::Sums sums(const Problem& p, const Maybe<Result>& rows, const Maybe<Result>& cols,
                    const Maybe<Result>& softplus, const Maybe<Result>& scaled, const Maybe<Floats>& about) {
-  require(!rows == !cols, "g_rows come with g_cols");
   const Reader& read = p.reader;
   return {read(rows, p.tiles_m() * p.rows(), "g_rows"), read(cols, p.tiles_n() * p.cols(), "g_cols"),
           read(softplus, p.tiles_m() * p.rows(), "softplus"), read(scaled, p.tiles_n() * p.tiles_m(), "scaled"),

@@ -30,17 +30,20 @@ class TileSums {
   // The G of a chunk of columns, complete in acc.
   template <class Acc>
   FLASHCL_LANE void add(const Acc& acc, int chunk) {
-    if (!a_.rows) return;
+    if (a_.rows) {
+      FLASHCL_UNROLL
+      for (int q = 0; q < C; ++q) {
+        FLASHCL_UNROLL
+        for (int r = 0; r < R; ++r) row_[r] += acc[Fragment::place(r, chunk, q)];
+      }
+    }
+    if (!a_.cols) return;
     F col[C];
     FLASHCL_UNROLL
     for (int q = 0; q < C; ++q) {
       col[q] = F(0.0f);
       FLASHCL_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const F g = acc[Fragment::place(r, chunk, q)];
-        row_[r] += g;
-        col[q] += g;
-      }
+      for (int r = 0; r < R; ++r) col[q] += acc[Fragment::place(r, chunk, q)];
     }
     W::store(s_.cols[seat_.warp], butterfly_col<W>(chunk, seat_.lane), butterfly<W, Add>(col, seat_.lane), B(true));
   }
@@ -63,7 +66,7 @@ class TileSums {
   // Merges the 4 warps.
   FLASHCL_LANE void finish() {
     const int64_t tile = int64_t(tile_.n) * block_.schedule().tiles_m + tile_.m;
-    if (a_.rows) {
+    if (a_.cols) {
       const I at = seat_.own_col();
       F sum = W::load_shared(s_.cols[0], at);
       FLASHCL_UNROLL

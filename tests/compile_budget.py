@@ -23,7 +23,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from flashcl.backends import triton as backend
-from flashcl.engine.problem import LogSumExp, Problem, Sigmoid, Softmax
+from flashcl.engine.problem import LogSumExp, Needs, Problem, Sigmoid, Softmax
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
@@ -115,11 +115,11 @@ def sweep(p):
 
 
 def grad(p):
-    backend.grad(p, softmax(p), need_x=True, need_y=True, need_bias=False, need_scale=True)
+    backend.grad(p, softmax(p), Needs(x=True, y=True, scale=True))
 
 
 def grad_fixed_scale(p):
-    backend.grad(p, softmax(p), need_x=True, need_y=True, need_bias=False, need_scale=False)
+    backend.grad(p, softmax(p), Needs(x=True, y=True))
 
 
 def softplus(p):
@@ -127,7 +127,7 @@ def softplus(p):
 
 
 def sigmoid(p):
-    backend.grad(p, Sigmoid(torch.empty(len(p.x))), need_x=True, need_y=True, need_bias=True, need_scale=True)
+    backend.grad(p, Sigmoid(torch.empty(len(p.x))), Needs(x=True, y=True, row_bias=True, scale=True))
 
 
 def kernels(dtype, N, shapes=("", " triangular", " biased")):

@@ -4,6 +4,7 @@ import csv
 import importlib.util
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -700,6 +701,18 @@ def test_no_results_is_an_error(plots, tmp_path, capsys):
     Results(ENVIRONMENT, []).save(tmp_path / "r.json")
     assert plots.main([str(tmp_path / "r.json"), "--out", str(tmp_path)]) == 1
     assert "no results" in capsys.readouterr().err and not list(tmp_path.glob("*.png"))
+
+
+# ---- the time of the host
+
+
+def test_host_time_without_a_gpu():
+    pytest.importorskip("triton")
+    command = [sys.executable, ROOT / "bench/host.py", "--stub", "--repeats", "5"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    times = [line.rsplit(maxsplit=2)[1:] for line in done.stdout.splitlines()[1:]]
+    assert len(times) == 5 and all(0 < float(v) < 1e3 for row in times for v in row), done.stdout
 
 
 # ---- the check of a GPU

@@ -12,7 +12,7 @@ import flashcl
 from flashcl.backends.gemm import addmm_
 from flashcl.contract import LOSSES, case, evaluate
 from flashcl.engine import dispatch
-from flashcl.engine.problem import Problem, Sigmoid, Softmax
+from flashcl.engine.problem import Needs, Problem, Sigmoid, Softmax
 
 pytestmark = [
     pytest.mark.gpu,
@@ -60,7 +60,7 @@ def everything(backend, p):
     out = dict(row=s.row.value(), col=col.value())
     coefficients = [c] if p.classes == 2 or p.triangular else [c, Sigmoid(torch.ones(len(p.x), device=p.x.device))]
     for c in coefficients:
-        g = backend.grad(p, c, need_x=True, need_y=True, need_bias=not p.triangular, need_scale=True)
+        g = backend.grad(p, c, Needs(x=True, y=True, row_bias=not p.triangular, col_bias=not p.triangular, scale=True))
         out |= {f"{type(c).__name__} {k}": v for k, v in vars(g).items() if v is not None}
     return out
 
@@ -149,7 +149,7 @@ def test_unwritten_memory_is_not_read(backend, workspace):
     del blocks
     s = backend.sweep(p, need_cols=True, workspace=workspace)
     c = Softmax(torch.ones_like(s.row.top), s.row, torch.ones_like(s.col.top), s.col)
-    g = backend.grad(p, c, need_x=True, need_y=True, need_bias=True, need_scale=True, workspace=workspace)
+    g = backend.grad(p, c, Needs(x=True, y=True, row_bias=True, col_bias=True, scale=True), workspace=workspace)
     assert all(v.isfinite().all() for v in (s.row.value(), s.col.value(), *vars(g).values()) if v is not None)
 
 

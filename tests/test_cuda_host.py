@@ -15,7 +15,7 @@ _C = pytest.importorskip("flashcl._C", reason="flashcl._C was not built: no nvcc
 
 from flashcl.backends import cuda as backend, torch as reference
 from flashcl.contract import LOSSES, case, violations
-from flashcl.engine.problem import CLASSES, LogSumExp, Problem, Sigmoid, Softmax
+from flashcl.engine.problem import CLASSES, LogSumExp, Needs, Problem, Sigmoid, Softmax
 
 TILE = _C.TILE
 DTYPES = [torch.bfloat16, torch.float16]
@@ -136,9 +136,9 @@ TOLERANCE = {torch.bfloat16: 8e-3, torch.float16: 1.5e-3}  # of the largest elem
 
 def check_grad(p, c, *, need_bias=False, tolerance=None, **options):
     exact, tolerance = tolerance is None, tolerance or TOLERANCE[p.x.dtype]
-    wanted = dict(need_x=True, need_y=True, need_bias=need_bias, need_scale=True)
-    got = backend.grad(p, c, **wanted, **options)
-    ref = reference.grad(in_float64(p), wide_coefficients(c), **wanted)
+    wanted = Needs(x=True, y=True, row_bias=need_bias, col_bias=need_bias, scale=True)
+    got = backend.grad(p, c, wanted, **options)
+    ref = reference.grad(in_float64(p), wide_coefficients(c), wanted)
     assert (got.dy is None) == p.triangular
     for name in ("dx", "dy"):
         if getattr(got, name) is not None:
@@ -255,8 +255,8 @@ def test_any_problem(N, M, D, program, scale, bias, seed):
     p = problem(N, M, D, torch.float16, program, scale=scale / math.sqrt(D), bias=bias, seed=seed)
     check_sweep(p)
     c = softmax(p, seed=seed)
-    wanted = dict(need_x=True, need_y=True, need_bias=False, need_scale=True)
-    got, ref = backend.grad(p, c, **wanted), reference.grad(in_float64(p), wide_coefficients(c), **wanted)
+    wanted = Needs(x=True, y=True, scale=True)
+    got, ref = backend.grad(p, c, wanted), reference.grad(in_float64(p), wide_coefficients(c), wanted)
     for name, size in zip(("dx", "dy"), terms(p, c)):
         # float16 rounds by 2^-11; offsets of the positives are at most 0.1 times a handful, and logits of 100 uncertain by 1e-5
         assert ((getattr(got, name) - getattr(ref, name)).abs() <= 1e-3 * (size + 1)).all(), name
@@ -272,9 +272,9 @@ def test_one_direction(program):
 def test_only_what_is_asked_for():
     p = problem(40, 50, 16)
     c = softmax(p)
-    got = backend.grad(p, c, need_x=False, need_y=True, need_bias=False, need_scale=False)
+    got = backend.grad(p, c, Needs(y=True))
     assert got.dx is None and got.g_rows is None and got.row_sum is None and got.d_scale is None and got.dy is not None
-    got = backend.grad(p, c, need_x=False, need_y=False, need_bias=True, need_scale=False)
+    got = backend.grad(p, c, Needs(row_bias=True, col_bias=True))
     assert got.dx is None and got.dy is None and got.g_rows is not None
 
 
@@ -285,7 +285,7 @@ def test_no_rows_or_no_columns():
         row, col = got.row.value(), got.col.value()
         assert row.shape == (1, N) and col.shape == (1, M) and (row == -torch.inf).all() and (col == -torch.inf).all()
         c = Softmax(torch.ones(1, N), got.row, torch.ones(1, M), got.col)
-        got = backend.grad(p, c, need_x=True, need_y=True, need_bias=True, need_scale=True)
+        got = backend.grad(p, c, Needs(x=True, y=True, row_bias=True, col_bias=True, scale=True))
         assert got.dx.shape == (N, 8) and got.dy.shape == (M, 8) and not got.dx.any() and not got.dy.any()
 
 
@@ -373,7 +373,7 @@ def test_nan_weight_stays_in_its_row():
     p = problem(140, 150, 16, torch.float16)
     c = softmax(p, cols=False)
     c.row_weight[0, 3] = torch.nan
-    got = backend.grad(p, c, need_x=True, need_y=False, need_bias=False, need_scale=False)
+    got = backend.grad(p, c, Needs(x=True))
     assert got.dx[3].isnan().all() and got.dx.isnan().any(1).sum() == 1
 
 
@@ -384,7 +384,7 @@ def test_half_precision_neither_flushes_nor_overflows(weight):
         check_grad(p, softmax(p, weight=weight))
     check_grad(p := problem(64, 70, 16, torch.float16), Sigmoid(torch.randn(64) * weight))
     zero = softmax(p, weight=0.0)
-    assert not backend.grad(p, zero, need_x=True, need_y=True, need_bias=False, need_scale=False).dx.any()
+    assert not backend.grad(p, zero, Needs(x=True, y=True)).dx.any()
 
 
 def test_softplus_is_accurate_in_its_tail():

@@ -358,7 +358,7 @@ def disagreements(rank, world) -> list[str]:
     strategy = flashcl.Group(group, strategy="gather" if odd else "ring")
     wrong += refused(lambda: flashcl.info_nce(leaf(), leaf(), temperature=1.0, group=strategy), "agree", "strategy 'gather'")
     frozen = info_nce(leaf().detach() if odd else leaf())
-    wrong += refused(frozen.backward, "agree", "gradients wanted", "need_x")
+    wrong += refused(frozen.backward, "agree", "gradients wanted", "x")
     ahead = info_nce(leaf())
     wrong += refused((lambda: info_nce(leaf())) if odd else ahead.backward, "agree", "operation 'the gradients", "operation 'the statistics")
     loss = flashcl.siglip(leaf(), leaf(), logit_scale=1.0, logit_bias=0.0, group=group) * (2.0 if odd else 1.0)

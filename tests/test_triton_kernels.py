@@ -16,7 +16,7 @@ from interpreter import reversed_programs
 
 from flashcl.backends import tiled
 from flashcl.backends import triton as backend
-from flashcl.engine.problem import CLASSES, LogSumExp, Problem, Sigmoid, Softmax
+from flashcl.engine.problem import CLASSES, LogSumExp, Needs, Problem, Sigmoid, Softmax
 from flashcl.triton_kernels import grad as grad_module
 from flashcl.triton_kernels import sweep as sweep_module
 from flashcl.triton_kernels.config import Tile
@@ -172,7 +172,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}  
 def check_grad(p, c, tile=POINTERS, *, need_bias=False, tolerance=None, **options):
     exact = tolerance is None  # sums of G before it is rounded
     tolerance = tolerance or TOLERANCE[p.x.dtype]
-    got = backend.grad(p, c, need_x=True, need_y=True, need_bias=need_bias, need_scale=True, plan=plan(tile, **options))
+    got = backend.grad(p, c, Needs(x=True, y=True, row_bias=need_bias, col_bias=need_bias, scale=True), plan=plan(tile, **options))
     g = dense_g(p, c)
     x, y = p.x.double(), p.y.double()
     if p.triangular:
@@ -243,9 +243,9 @@ def test_one_direction(program):
 def test_only_what_is_asked_for():
     p = problem(40, 50, 16)
     c = softmax(p)
-    got = backend.grad(p, c, need_x=False, need_y=True, need_bias=False, need_scale=False, plan=plan())
+    got = backend.grad(p, c, Needs(y=True), plan=plan())
     assert got.dx is None and got.g_rows is None and got.row_sum is None and got.dy is not None
-    got = backend.grad(p, c, need_x=False, need_y=False, need_bias=True, need_scale=False, plan=plan())
+    got = backend.grad(p, c, Needs(row_bias=True, col_bias=True), plan=plan())
     assert got.dx is None and got.dy is None
     assert_close(got.g_rows, dense_g(p, c).sum(1), 2e-5)
 
@@ -257,7 +257,7 @@ def test_no_rows_or_no_columns():
         row, col = got.row.value(), got.col.value()
         assert row.shape == (1, N) and col.shape == (1, M) and (row == -torch.inf).all() and (col == -torch.inf).all()
         c = Softmax(torch.ones(1, N), got.row, torch.ones(1, M), got.col)
-        got = backend.grad(p, c, need_x=True, need_y=True, need_bias=True, need_scale=True)
+        got = backend.grad(p, c, Needs(x=True, y=True, row_bias=True, col_bias=True, scale=True))
         assert got.dx.shape == (N, 8) and got.dy.shape == (M, 8) and not got.dx.any() and not got.dy.any()
 
 
@@ -393,7 +393,7 @@ def test_nan_weight_stays_in_its_row():
     c = softmax(p)
     c.row_weight[0, 3] = torch.nan
     c = dataclasses.replace(c, col_weight=None, col_lse=None)
-    got = backend.grad(p, c, need_x=True, need_y=False, need_bias=False, need_scale=False, plan=plan())
+    got = backend.grad(p, c, Needs(x=True), plan=plan())
     assert got.dx[3].isnan().all() and got.dx.isnan().any(1).sum() == 1
 
 
@@ -404,7 +404,7 @@ def test_half_precision_neither_flushes_nor_overflows(weight):
         check_grad(p, softmax(p, weight=weight))
     check_grad(p, Sigmoid(torch.randn(64) * weight))
     zero = softmax(p, weight=0.0)
-    assert not backend.grad(p, zero, need_x=True, need_y=True, need_bias=False, need_scale=False, plan=plan()).dx.any()
+    assert not backend.grad(p, zero, Needs(x=True, y=True), plan=plan()).dx.any()
 
 
 def test_softplus_is_accurate_in_its_tail():
@@ -457,7 +457,7 @@ def test_programs_in_any_order_give_the_same_bits(program):
             p = problem(70, 70, 16, torch.bfloat16, program, triangular=triangular)
             stats = backend.sweep(p, need_cols=True, plan=plan(workspace=4096))
             out += [v for lse in (stats.row, stats.col) if lse is not None for v in (lse.top, lse.rest)]
-            got = backend.grad(p, softmax(p), need_x=True, need_y=True, need_bias=not triangular, need_scale=True, plan=small)
+            got = backend.grad(p, softmax(p), Needs(x=True, y=True, row_bias=not triangular, col_bias=not triangular, scale=True), plan=small)
             out += [got.dx, got.dy, got.g_rows, got.g_cols, got.d_scale]
         return [t for t in out if t is not None]
 

@@ -201,6 +201,7 @@ def grad_kernel(
             g = tl.where((n < N)[:, None] & (m < M)[None, :], g, 0.0)
     if sums.g_rows is not None:
         tl.store(sums.g_rows + row_at, tl.sum(g, 1))
+    if sums.g_cols is not None:
         tl.store(sums.g_cols + col_at, tl.sum(g, 0))
     if sums.scaled is not None:
         if sums.about is not None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flashcl.backends import tiled
 from flashcl.backends.gemm import addmm_
-from flashcl.engine.problem import Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
+from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
 
 try:
     from flashcl import _C
@@ -139,26 +139,23 @@ def _rows(x: Tensor) -> Tensor:
 def grad(
     p: Problem,
     c: Softmax | Sigmoid,
+    needs: Needs,
     *,
-    need_x: bool,
-    need_y: bool,
-    need_bias: bool,
-    need_scale: bool,
     kept: Tensor | None = None,
     workspace: int = WORKSPACE,
 ) -> Grads:
     if p.triangular and isinstance(c, Sigmoid):  # no loss asks for this: walk all of S
         p = dataclasses.replace(p, triangular=False)
-        full = grad(p, c, need_x=need_x, need_y=need_x, need_bias=False, need_scale=need_scale, workspace=workspace)
-        return Grads(full.dx + full.dy if need_x else None, None, d_scale=full.d_scale, row_sum=full.row_sum)
+        full = grad(p, c, Needs(x=needs.x, y=needs.x, scale=needs.scale), workspace=workspace)
+        return Grads(full.dx + full.dy if needs.x else None, None, d_scale=full.d_scale, row_sum=full.row_sum)
 
     def zeros(wanted: bool, *shape: int) -> Tensor | None:
         return torch.zeros(shape, dtype=torch.float32, device=p.x.device) if wanted else None
 
     N, M, D = len(p.x), len(p.y), p.x.shape[1]
-    dx, dy = zeros(need_x, N, D), zeros(need_y and not p.triangular, M, D)
-    g_rows, g_cols, row_sum = zeros(need_bias, N), zeros(need_bias, M), zeros(isinstance(c, Sigmoid), N)
-    d_scale = torch.zeros((), dtype=torch.float64, device=p.x.device) if need_scale else None
+    dx, dy = zeros(needs.x, N, D), zeros(needs.y and not p.triangular, M, D)
+    g_rows, g_cols, row_sum = zeros(needs.row_bias, N), zeros(needs.col_bias, M), zeros(isinstance(c, Sigmoid), N)
+    d_scale = torch.zeros((), dtype=torch.float64, device=p.x.device) if needs.scale else None
 
     a = _Arguments.of(p)
     row, col = _sides(p, c)
@@ -170,7 +167,7 @@ def grad(
             shape = _whole(i), _whole(j)
             buffer = torch.empty(math.prod(shape), dtype=a.x.dtype, device=p.x.device) if buffer is None else buffer
             g = buffer[: math.prod(shape)].view(shape)
-        sums = _tile_sums(p, i, j, need_bias=need_bias, need_softplus=row_sum is not None, need_scale=need_scale)
+        sums = _tile_sums(p, i, j, needs, softplus=row_sum is not None)
         with _on(p.x.device) as stream:
             _launch(a.block(i, j), c, row.at(i), col and col.at(j), sums, g, lift, stream)
 
@@ -178,7 +175,7 @@ def grad(
             if total is not None:
                 total[at].add_(part.sum(0)[: at.stop - at.start])
         own = len(range(N)[i]) if p.triangular and i.start == j.start else 0  # columns of the strip that are its rows
-        if need_scale:  # there G + G^T meets every pair twice
+        if d_scale is not None:  # there G + G^T meets every pair twice
             twice, once = sums.scaled.split([-(-own // _C.TILE), _tiles(j) - -(-own // _C.TILE)], dim=1)
             d_scale += 0.5 * twice.sum(dtype=torch.float64) + once.sum(dtype=torch.float64)
         if g is not None:
@@ -232,16 +229,16 @@ class _TileSums(NamedTuple):
     scaled: Tensor | None  # (tiles_n, tiles_m)
 
 
-def _tile_sums(p: Problem, i: slice, j: slice, *, need_bias: bool, need_softplus: bool, need_scale: bool) -> _TileSums:
+def _tile_sums(p: Problem, i: slice, j: slice, needs: Needs, *, softplus: bool) -> _TileSums:
     def room(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=torch.float32, device=p.x.device) if wanted else None
 
     along_rows, along_cols = (_tiles(j), _whole(i)), (_tiles(i), _whole(j))
     return _TileSums(
-        room(need_bias, *along_rows),
-        room(need_bias, *along_cols),
-        room(need_softplus, *along_rows),
-        room(need_scale, _tiles(i), _tiles(j)),
+        room(needs.row_bias, *along_rows),
+        room(needs.col_bias, *along_cols),
+        room(softplus, *along_rows),
+        room(needs.scale, _tiles(i), _tiles(j)),
     )
 
 
@@ -400,13 +397,13 @@ def self_check(device: torch.device) -> list[tuple[str, float, float]]:
     got = sweep(p, need_cols=True)
     lse = [torch.stack([m.logsumexp(axis) for m in members]) for axis in (1, 0)]
     weights = [torch.full_like(v, 0.5, dtype=torch.float32) for v in lse]
-    everything = dict(need_x=True, need_y=True, need_bias=False, need_scale=True)
-    grads = grad(p, Softmax(weights[0], got.row, weights[1], got.col), **everything)
+    everything = Needs(x=True, y=True, scale=True)
+    grads = grad(p, Softmax(weights[0], got.row, weights[1], got.col), everything)
     g = sum(0.5 * (m - lse[0][k, :, None]).exp() + 0.5 * (m - lse[1][k]).exp() for k, m in enumerate(members))
     out = [("row_lse", off(got.row.value(), lse[0]), 1e-6), ("col_lse", off(got.col.value(), lse[1]), 1e-6)]
     out += [("dx", off(grads.dx, g @ y.double()), 8e-3), ("dy", off(grads.dy, g.T @ x.double()), 8e-3)]
 
     p = dataclasses.replace(p, program="all", rows=(), cols=())
-    grads, g = grad(p, Sigmoid(torch.ones(200, dtype=torch.float32, device=device)), **everything), s.sigmoid()
+    grads, g = grad(p, Sigmoid(torch.ones(200, dtype=torch.float32, device=device)), everything), s.sigmoid()
     loss = torch.nn.functional.softplus(s).sum(1)
     return [*out, ("softplus", off(grads.row_sum, loss), 1e-6), ("dx of softplus", off(grads.dx, g @ y.double()), 8e-3)]

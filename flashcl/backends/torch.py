@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashcl.backends.gemm import addmm_, mm
-from flashcl.engine.problem import Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
+from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
 
 # Rows and columns of a tile. CPU: 2 MiB of float32, so that the passes over a tile stay in the second-level caches; twice as
 # many rows as columns, since the column block and its gradient are read anew for every row block. GPU: 64 MiB, since there
@@ -300,26 +300,20 @@ def _partners(rows: int, y: Tensor, shift: int) -> Iterator[tuple[slice, slice]]
 def grad(
     p: Problem,
     c: Softmax | Sigmoid,
+    needs: Needs,
     *,
-    need_x: bool,
-    need_y: bool,
-    need_bias: bool,
-    need_scale: bool,
     kept: Tensor | None = None,
 ) -> Grads:
     tiles = _Tiles(p, kept=kept)
     # 16-bit operands get a G in their dtype, lifted by a power of two into the middle of its range.
     lift = _lift(c) if tiles.operand_dtype.itemsize == 2 else None
 
-    def zeros(*shape):
-        return torch.zeros(*shape, dtype=p.stat_dtype, device=p.x.device)
+    def zeros(wanted: bool, *shape: int, dtype: torch.dtype = p.stat_dtype) -> Tensor | None:
+        return torch.zeros(shape, dtype=dtype, device=p.x.device) if wanted else None
 
-    need_y = need_y and not p.triangular
-    dx = zeros(p.x.shape) if need_x else None
-    dy = zeros(p.y.shape) if need_y else None
-    g_rows, g_cols = (zeros(len(p.x)), zeros(len(p.y))) if need_bias else (None, None)
-    d_scale = torch.zeros((), dtype=torch.float64, device=p.x.device) if need_scale else None
-    row_sum = zeros(len(p.x)) if isinstance(c, Sigmoid) else None
+    dx, dy = zeros(needs.x, *p.x.shape), zeros(needs.y and not p.triangular, *p.y.shape)
+    g_rows, g_cols = zeros(needs.row_bias, len(p.x)), zeros(needs.col_bias, len(p.y))
+    d_scale, row_sum = zeros(needs.scale, dtype=torch.float64), zeros(isinstance(c, Sigmoid), len(p.x))
     about = None
     if isinstance(c, Softmax):
         about = c.about
@@ -336,22 +330,23 @@ def grad(
                 g = _softmax_tile(s, classes.positive, free, rows.at(i), col)
                 if classes.dropped is not None:  # 0 already, unless the log-sum-exp of its row is NaN
                     _fill_(g, classes.dropped, 0.0)
-            if need_scale:
+            if d_scale is not None:
                 centered = product if about is None else torch.sub(product, about, out=free)
                 d_scale += torch.mul(centered, g, out=free).sum(1).sum(dtype=torch.float64)
             if p.triangular and j.start == i.start:
                 # Not exp(s_ij - lse_j): a GEMM may round s_ij and s_ji apart, and lse_j has seen s_ji.
                 g = g + g.T
-            if need_bias:
+            if g_rows is not None:
                 g_rows[i] += g.sum(1)
+            if g_cols is not None:
                 g_cols[j] += g.sum(0)
             if lift is not None:
                 g = (g * lift).to(tiles.operand_dtype)
-            if need_x:
+            if dx is not None:
                 addmm_(dx[i], g, y)
-            if need_y:
+            if dy is not None:
                 addmm_(dy[j], g.T, x)
-            if p.triangular and need_x and j.start > i.start:
+            if p.triangular and dx is not None and j.start > i.start:
                 addmm_(dx[j], g.T, x)
 
     if lift is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashcl.backends import tiled
 from flashcl.backends.gemm import addmm_
-from flashcl.engine.problem import Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
+from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
 from flashcl.triton_kernels import config, grad as grad_kernels, rows as row_kernels, sweep as sweep_kernels
 from flashcl.triton_kernels.grad import Side, Sums
 from flashcl.triton_kernels.programs import PROGRAMS
@@ -130,20 +130,17 @@ partner_products, finish = row_kernels.partner_products, row_kernels.finish
 def grad(
     p: Problem,
     c: Softmax | Sigmoid,
+    needs: Needs,
     *,
-    need_x: bool,
-    need_y: bool,
-    need_bias: bool,
-    need_scale: bool,
     kept: Tensor | None = None,
     plan: Plan | None = None,
 ) -> Grads:
     if p.triangular and isinstance(c, Sigmoid):  # no loss asks for this: walk all of S
         p = dataclasses.replace(p, triangular=False)
-        full = grad(p, c, need_x=need_x, need_y=need_x, need_bias=False, need_scale=need_scale, plan=plan)
-        return Grads(full.dx + full.dy if need_x else None, None, d_scale=full.d_scale, row_sum=full.row_sum)
+        full = grad(p, c, Needs(x=needs.x, y=needs.x, scale=needs.scale), plan=plan)
+        return Grads(full.dx + full.dy if needs.x else None, None, d_scale=full.d_scale, row_sum=full.row_sum)
 
-    plan = plan or Plan.of(p, _grad_row(p, c, need_scale))
+    plan = plan or Plan.of(p, _grad_row(p, c, needs.scale))
     row, col = _sides(p, c)
     lift = _lift(row, col) if p.x.dtype == torch.float16 else None
 
@@ -151,9 +148,9 @@ def grad(
         return torch.zeros(shape, device=p.x.device) if wanted else None
 
     N, M, D = len(p.x), len(p.y), p.x.shape[1]
-    dx, dy = zeros(need_x, N, D), zeros(need_y and not p.triangular, M, D)
-    totals = Sums(zeros(need_bias, N), zeros(need_bias, M), zeros(isinstance(c, Sigmoid), N), None, None)
-    d_scale = torch.zeros((), dtype=torch.float64, device=p.x.device) if need_scale else None
+    dx, dy = zeros(needs.x, N, D), zeros(needs.y and not p.triangular, M, D)
+    totals = Sums(zeros(needs.row_bias, N), zeros(needs.col_bias, M), zeros(isinstance(c, Sigmoid), N), None, None)
+    d_scale = torch.zeros((), dtype=torch.float64, device=p.x.device) if needs.scale else None
     need_g = dx is not None or dy is not None
 
     p, program = _loadable(p), PROGRAMS[p.program]
@@ -167,15 +164,15 @@ def grad(
             shape = tiled.whole(block.N, tile.BN), tiled.whole(block.M, tile.BM)
             buffer = torch.empty(math.prod(shape), dtype=x.dtype, device=x.device) if buffer is None else buffer
             padded = buffer[: math.prod(shape)].view(shape)
-        scaled = torch.empty(grad_kernels.grid(block, tile, diagonal), device=x.device) if need_scale else None
-        about = c.about if need_scale and isinstance(c, Softmax) else None
+        scaled = torch.empty(grad_kernels.grid(block, tile, diagonal), device=x.device) if needs.scale else None
+        about = c.about if needs.scale and isinstance(c, Softmax) else None
         sums = _sums_of_tiles(totals, block, tile, scaled, about)
         grad_kernels.grad(x, y, block, _part(row, i), _part(col, j), padded, lift, sums, program, diagonal, tile)
 
         for total, part, at in zip(totals, sums, (i, j, i)):  # not of the scale, which has no lines
             if total is not None:
                 total[at].add_(part.sum(0)[: at.stop - at.start])
-        if need_scale:
+        if d_scale is not None:
             d_scale += sums.scaled.sum(dtype=torch.float64)
         if need_g:
             g = padded[: block.N, : block.M]

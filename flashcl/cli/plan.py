@@ -119,8 +119,6 @@ class Plan:
         if self.loss == "siglip":
             agree = self.meeting()  # on the upstream gradient
             vectors = self.meeting() + self.program_vectors(False) + mean + agree
-            # The bias is a row vector: its gradient over columns is summed beside that over rows.
-            vectors += self.all_reduce(total * STATISTIC)
             return [Walk("forward and backward", self.flops(6), self.rows(strategy), self.home(strategy), vectors)]
         sweep = self.meeting() + self.program_vectors(True) + mean
         sweep += self.all_reduce(k * total * (STATISTIC + 8))  # the largest logit; the sum, in float64
@@ -137,7 +135,7 @@ class Plan:
             count = self.meeting() + self.all_gather(self.lines * 8)
             sums = [self.meeting() + self.all_gather(self.lines * (8 + STATISTIC * p)) for p in (1, 2)]
             # Means of the positives forward, their gradients backward.
-            labels = [Walk("label sums", 0.0, 2 * whole, 0.0, 2 * count + sum(sums))]
+            labels = [Walk("label sums", 0.0, 2 * whole, 0.0, count + sum(sums))]
         return [
             *labels,
             Walk("forward", self.flops(2), self.rows(strategy), 0.0, sweep),

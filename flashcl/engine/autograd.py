@@ -9,6 +9,7 @@ unless it is written as softplus(negatives - positive): that is why negatives an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from flashcl.engine import ops
 from flashcl.engine.positives import Partner, SameLabel
-from flashcl.engine.problem import LogSumExp, Problem, Sigmoid, Softmax
+from flashcl.engine.problem import LogSumExp, Needs, Problem, Sigmoid, Softmax
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,10 @@ class Pairs:
     labels: Tensor | None = None  # (N,) int64: rows of one label are positives; program "by_label", S symmetric
     group: str = ""  # of ranks that hold other rows and columns (ranks.py); "": none
 
-    def positives(self) -> Partner | SameLabel | None:
+    def positives(self, places: Sequence[Tensor] = ()) -> Partner | SameLabel | None:
+        """places: what the positives of the forward found out about labels."""
         if self.labels is not None:
-            return SameLabel.of(self.labels, self.group)
+            return SameLabel(self.group, self.labels, *places) if places else SameLabel.of(self.labels, self.group)
         return None if self.partner is None else Partner(self.partner)
 
 
@@ -113,7 +115,8 @@ class _LogSumExp(torch.autograd.Function):
             problem = replace(problem, center=mean.to(problem.stat_dtype))
         s = ops.sweep(problem, need_cols=need_cols, keep=any(ctx.needs_input_grad), backend=backend, group=pairs.group)
         col_parts = None if s.col is None else s.col.parts
-        ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.parts, col_parts, products, s.kept)
+        places = () if pairs.labels is None else positives[2:]
+        ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.parts, col_parts, products, s.kept, *places)
         ctx.pairs, ctx.backend = pairs, backend
         ctx.set_materialize_grads(False)
         row, col = s.row.value(), None if s.col is None else s.col.value()[0]
@@ -122,13 +125,13 @@ class _LogSumExp(torch.autograd.Function):
         if pairs.labels is None:
             return row[0], col, mean, None
         # The mean logit by way of its deviation in the tiles: there its error is that of the logits in row_pos, and cancels.
-        return row[0], None, row[1], row[1] - (problem.center + s.deviation / positives.count)
+        return row[0], None, row[1], row[1] - (problem.center + s.deviation * positives.inverse)
 
     @staticmethod
     def backward(ctx, d_row, d_col, d_pos, d_gap):
         _first_order_only()
-        x, y, logit_scale, row_bias, col_bias, row_parts, col_parts, products, kept = ctx.saved_tensors
-        problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, ctx.pairs), ctx.pairs.positives()
+        x, y, logit_scale, row_bias, col_bias, row_parts, col_parts, products, kept, *places = ctx.saved_tensors
+        problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, ctx.pairs), ctx.pairs.positives(places)
         row, col = LogSumExp(row_parts), None if d_col is None else LogSumExp(col_parts)
         d_row, d_pos = (_or_zeros(d, row) for d in (d_row, d_pos))
         about, beside = None, 0.0
@@ -141,8 +144,14 @@ class _LogSumExp(torch.autograd.Function):
             row_weight, col_weight = (None if d is None else d.to(problem.stat_dtype)[None] for d in (d_row, d_col))
             c = Softmax(row_weight, row, col_weight, col, about=about)
         where = ctx.backend, ctx.pairs.group
-        g = _gradients(problem, c, positives, d_pos, x.dtype, ctx.needs_input_grad[:5], *where, beside, kept)
+        g = _gradients(problem, c, positives, d_pos, x.dtype, _needs(ctx), *where, beside, kept)
         return g.dx, g.dy, g.d_scale, g.d_row_bias, g.d_col_bias, None, None, None
+
+
+def _needs(ctx, col_bias: bool | None = None) -> Needs:
+    """What the autograd functions below are asked for: their arguments begin alike, and _SoftplusSum has no column bias."""
+    x, y, scale, row_bias = ctx.needs_input_grad[:4]
+    return Needs(x, y, row_bias, ctx.needs_input_grad[4] if col_bias is None else col_bias, scale)
 
 
 def _or_zeros(upstream: Tensor | None, row: LogSumExp) -> Tensor:
@@ -180,8 +189,8 @@ def _softmax_with_labels(
     The first part, small when the positives are alike, goes through G; the second, equal for all of them, through
     SameLabel.finish in full precision.
     """
-    weight = torch.where(labels.count > 0, d_pos + d_gap, 0.0)
-    offset = weight / labels.count.clamp(min=1)
+    weight = (d_pos + d_gap).masked_fill(labels.inverse == 0.0, 0.0)
+    offset = weight * labels.inverse
     dtype = row.parts.dtype
     return Softmax(torch.stack([d_row, weight]).to(dtype), row, row_offset=offset.to(dtype), about=about)
 
@@ -207,7 +216,7 @@ class _SoftplusSum(torch.autograd.Function):
         pos = _logits(products, problem)
         of_positive = torch.nn.functional.softplus(-pos, threshold=50.0)
         d_pos = torch.expm1(-of_positive)  # -sigmoid(-pos), from exp(-softplus(-pos)) = sigmoid(pos)
-        needs = (*ctx.needs_input_grad[:4], False)
+        needs = _needs(ctx, col_bias=False)
         if per_row or not any(needs):
             ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos)
             row = ops.sweep_softplus(problem, backend=backend, group=pairs.group) + of_positive
@@ -227,9 +236,8 @@ class _SoftplusSum(torch.autograd.Function):
             x, y, logit_scale, row_bias, products, d_pos = ctx.saved_tensors
             problem, positives = _problem(x, y, logit_scale, row_bias, None, ctx.pairs), ctx.pairs.positives()
             c, d_pos = Sigmoid(upstream.to(problem.stat_dtype)), d_pos * upstream
-            needs = (*ctx.needs_input_grad[:4], False)
             where, beside = (ctx.backend, ctx.pairs.group), torch.dot(d_pos, products)
-            g = _gradients(problem, c, positives, d_pos, x.dtype, needs, *where, beside)
+            g = _gradients(problem, c, positives, d_pos, x.dtype, _needs(ctx, col_bias=False), *where, beside)
             return g.dx, g.dy, g.d_scale, g.d_row_bias, None, None, None
         # The gradient of a column has come from the rows of all ranks already, each with an upstream gradient of 1.
         what = 'the upstream gradient of siglip (reduction="none" lets each rank have its own)'
@@ -255,28 +263,25 @@ def _gradients(
     positives: Partner | SameLabel | None,
     d_pos: Tensor,  # (N,) float64: what reaches the mean positive logit of each row
     dtype: torch.dtype,  # of dx and dy
-    needs: tuple[bool, ...],  # x, y, logit_scale, row_bias, col_bias
+    needs: Needs,
     backend: str,
     group: str,
     beside: Tensor | float,  # what the gradient of logit_scale has beside that of the tiles
     kept: Tensor | None = None,
 ) -> _Gradients:
     """Of all pairs: those of the tiles and the positives beside them."""
-    need_x, need_y, need_scale, need_row_bias, need_col_bias = needs
-    need_bias = need_row_bias or need_col_bias
-    needed = dict(need_x=need_x, need_y=need_y, need_bias=need_bias, need_scale=need_scale)
-    g = ops.grad(p, c, **needed, kept=kept, backend=backend, group=group)
+    g = ops.grad(p, c, needs, kept=kept, backend=backend, group=group)
     dx, dy, d_row_bias = g.dx, g.dy, g.g_rows
     if positives is None:
         dx, dy = (None if d is None else ops.finish(d, None, None, 0, p.logit_scale, dtype, backend=backend) for d in (dx, dy))
     else:
         dx, dy = positives.finish(p, dx, dy, d_pos.to(p.stat_dtype), dtype, backend)
-        d_row_bias = d_row_bias + d_pos.to(p.stat_dtype) if need_row_bias else None
+        d_row_bias = d_row_bias + d_pos.to(p.stat_dtype) if needs.row_bias else None
     return _Gradients(
         dx,
         dy,
-        (g.d_scale + beside).to(p.stat_dtype).reshape(1) if need_scale else None,
-        d_row_bias if need_row_bias else None,
-        g.g_cols if need_col_bias else None,
+        (g.d_scale + beside).to(p.stat_dtype).reshape(1) if needs.scale else None,
+        d_row_bias,
+        g.g_cols,
         g.row_sum,
     )

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from flashcl.engine import blocks
 from flashcl.engine.blocks import Block
-from flashcl.engine.problem import Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
+from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
 from flashcl.engine.ranks import Ranks
 
 
@@ -187,25 +187,19 @@ def grad(
     backend: ModuleType,
     p: Problem,
     c: Softmax | Sigmoid,
+    needs: Needs,
     group: str,
-    *,
-    need_x: bool,
-    need_y: bool,
-    need_bias: bool,
-    need_scale: bool,
 ) -> Grads:
-    needs = dict(need_x=need_x, need_y=need_y, need_bias=need_bias, need_scale=need_scale)
-    gradients = [name for name in needs if needs[name]]
-    world = _World.meet("the gradients of a loss", p, group, **{"gradients wanted": gradients})
+    wanted = [name for name, need in needs._asdict().items() if need]
+    world = _World.meet("the gradients of a loss", p, group, **{"gradients wanted": wanted})
     p, lines = world.p, sum(world.lines)
 
     def zeros(wanted, *shape, dtype=p.stat_dtype):
         return torch.zeros(shape, dtype=dtype, device=p.x.device) if wanted else None
 
-    need_y = need_y and not p.triangular
-    dx, dy = zeros(need_x, *p.x.shape), zeros(need_y, *p.y.shape)
-    g_rows, g_cols = zeros(need_bias, len(p.x)), zeros(need_bias, lines)
-    d_scale = zeros(need_scale, dtype=torch.float64)
+    dx, dy = zeros(needs.x, *p.x.shape), zeros(needs.y and not p.triangular, *p.y.shape)
+    g_rows, g_cols = zeros(needs.row_bias, len(p.x)), zeros(needs.col_bias, lines)
+    d_scale = zeros(needs.scale, dtype=torch.float64)
     row_sum = zeros(isinstance(c, Sigmoid), len(p.x))
 
     cols = None if isinstance(c, Sigmoid) else _coefficients_of_all(world, c)
@@ -218,20 +212,21 @@ def grad(
             continue
         own, problem, at = world.own(block), world.problem(block), world.at(block)
         for part, for_x, for_y in _parts(c if own else _part(c, cols, block.rows, at), own, world.ranks.partial):
-            g = backend.grad(problem, part, **needs | dict(need_x=need_x and for_x, need_y=_goes_home(own, home, dy) and for_y))
+            here = needs._replace(x=needs.x and for_x, y=_goes_home(own, home, dy) and for_y)
+            g = backend.grad(problem, part, here)
             if g.dx is not None:
                 dx[block.rows] += g.dx
             if g.dy is not None:
                 exchange.give_back(block, g.dy) if not own else dy.add_(g.dy)
-            if need_bias:
+            if g.g_rows is not None:
                 g_rows[block.rows] += g.g_rows
-                if g.g_cols is not None:
-                    _put(g_cols, at, _take(g_cols, at) + g.g_cols)
-            if need_scale:
+            if g.g_cols is not None:
+                _put(g_cols, at, _take(g_cols, at) + g.g_cols)
+            if g.d_scale is not None:
                 d_scale += g.d_scale
             if row_sum is not None:
                 row_sum += g.row_sum
-    if need_bias:
+    if needs.col_bias:
         g_cols = world.ranks.all_reduce_(g_cols)[world.own_lines()]
     return Grads(dx, dy, g_rows, g_cols, d_scale, row_sum)
 

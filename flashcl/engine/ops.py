@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from flashcl.engine import dispatch, distributed
-from flashcl.engine.problem import CLASSES, Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
+from flashcl.engine.problem import CLASSES, Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
 
 _library = torch.library.Library("flashcl", "FRAGMENT")
 
@@ -61,11 +61,8 @@ def sweep_softplus(problem: Problem, *, backend: str, group: str) -> Tensor:
 def grad(
     problem: Problem,
     c: Softmax | Sigmoid,
+    needs: Needs,
     *,
-    need_x: bool,
-    need_y: bool,
-    need_bias: bool,
-    need_scale: bool,
     kept: Tensor | None = None,
     backend: str,
     group: str,
@@ -76,14 +73,13 @@ def grad(
     else:
         row_lse, col_lse = (None if lse is None else lse.parts for lse in (c.row_lse, c.col_lse))
         vectors = [c.row_weight, row_lse, c.col_weight, col_lse, c.row_offset, c.col_offset, c.about]
-    needs = (need_x, need_y, need_bias, need_scale)
     dx, dy, g_rows, g_cols, d_scale, row_sum = _grad(*_unpack(problem), *vectors, kept, *needs, backend, group)
     return Grads(
-        dx if need_x else None,
-        dy if need_y and not problem.triangular else None,
-        g_rows if need_bias else None,
-        g_cols if need_bias else None,
-        d_scale if need_scale else None,
+        dx if needs.x else None,
+        dy if needs.y and not problem.triangular else None,
+        g_rows if needs.row_bias else None,
+        g_cols if needs.col_bias else None,
+        d_scale if needs.scale else None,
         row_sum if isinstance(c, Sigmoid) else None,
     )
 
@@ -204,13 +200,13 @@ def _sweep_softplus(
 
 
 def _empty_grads(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_lse, col_weight, col_lse,
-      row_offset, col_offset, about, kept, need_x, need_y, need_bias, need_scale, backend, group):  # fmt: skip
+      row_offset, col_offset, about, kept, need_x, need_y, need_row_bias, need_col_bias, need_scale, backend, group):  # fmt: skip
     new = logit_scale.new_empty
     return (
         new(x.shape if need_x else 0),
         new(y.shape if need_y and y is not None else 0),
-        new(x.shape[0] if need_bias else 0),
-        new((x if y is None else y).shape[0] if need_bias else 0),
+        new(x.shape[0] if need_row_bias else 0),
+        new((x if y is None else y).shape[0] if need_col_bias else 0),
         new((), dtype=torch.float64) if need_scale else new(0),
         new(x.shape[0] if row_lse is None else 0),
     )
@@ -236,7 +232,8 @@ def _grad(
     kept: Tensor | None,
     need_x: bool,
     need_y: bool,
-    need_bias: bool,
+    need_row_bias: bool,
+    need_col_bias: bool,
     need_scale: bool,
     backend: str,
     group: str,
@@ -247,7 +244,7 @@ def _grad(
     else:
         row, col = LogSumExp(row_lse), None if col_lse is None else LogSumExp(col_lse)
         c = Softmax(row_weight, row, col_weight, col, row_offset, col_offset, about)
-    needs = dict(need_x=need_x, need_y=need_y, need_bias=need_bias, need_scale=need_scale)
+    needs = Needs(need_x, need_y, need_row_bias, need_col_bias, need_scale)
     module = dispatch.load(backend)
-    g = distributed.grad(module, problem, c, group, **needs) if group else module.grad(problem, c, kept=kept, **needs)
+    g = distributed.grad(module, problem, c, needs, group) if group else module.grad(problem, c, needs, kept=kept)
     return _present(g.dx, g.dy, g.g_rows, g.g_cols, g.d_scale, g.row_sum, like=logit_scale)

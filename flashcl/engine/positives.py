@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,34 +43,37 @@ class Partner:
         return dx, dy
 
 
-@dataclass(frozen=True)
-class SameLabel:
-    """All other rows with the label of the row, on all ranks; x and y are the same embeddings. Rows without one have t_i = 0."""
+class SameLabel(NamedTuple):
+    """All other rows with the label of the row, on all ranks; x and y are the same embeddings. Rows without one have t_i = 0.
 
-    labels: Tensor  # (N,) integers
-    count: Tensor  # (N,) int64: how many positives each row has
+    What its tensors say is found in the forward, and kept for the backward.
+    """
+
     group: str
+    labels: Tensor  # (N,) int64
+    ordered: Tensor  # (N,) the labels, sorted
+    slot: Tensor  # (N,) int64: the place of the label of each row in `ordered`, of the first where it occurs again
+    inverse: Tensor  # (N,) float64: 1 / |P(i)|, how many positives each row has; 0 without any
 
     @staticmethod
     def of(labels: Tensor, group: str) -> SameLabel:
-        return SameLabel(labels, _others_with_label(labels, group), group)
+        return SameLabel(group, labels, *_places_of_labels(labels, group))
 
     def products(self, p: Problem, backend: str) -> Tensor:
         ones = torch.ones_like(p.x[:, 0], dtype=p.stat_dtype)[None]
-        return _label_products(p.x, *_label_sums(p.x, self.labels, ones, self.group)) * self._inverse_count()
+        return _label_products(p.x, self._sums(p.x, ones), self.slot) * self.inverse
 
     def finish(
         self, p: Problem, dx: Tensor | None, dy: None, weight: Tensor, dtype: torch.dtype, backend: str
     ) -> tuple[Tensor | None, None]:
         if dx is not None:
-            each = weight * self._inverse_count().to(weight.dtype)
-            weights = torch.stack([torch.ones_like(each), each])
-            _add_labels_(dx, p.x, each, *_label_sums(p.x, self.labels, weights, self.group))
+            each = (weight * self.inverse).to(weight.dtype)
+            _add_labels_(dx, p.x, each, self._sums(p.x, torch.stack([torch.ones_like(each), each])), self.slot)
             dx = ops.finish(dx, None, None, 0, p.logit_scale, dtype, backend=backend)
         return dx, None
 
-    def _inverse_count(self) -> Tensor:
-        return torch.where(self.count > 0, 1 / self.count.double(), 0.0)
+    def _sums(self, x: Tensor, weights: Tensor) -> Tensor:
+        return _label_sums(x, self.labels, self.ordered, self.slot, weights, self.group)
 
 
 # ---- operators -----------------------------------------------------------------------------------------------------------
@@ -85,37 +89,46 @@ def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(v.split(rows) for v in tensors))
 
 
-@ops.operator("others_with_label", fake=lambda labels, group: torch.empty_like(labels, dtype=torch.int64))
-def _others_with_label(labels: Tensor, group: str) -> Tensor:
-    """How many other rows, of all ranks, have the label of each row: (N,) int64."""
-    ordered = (distributed.labels_of_all(labels, group) if group else labels).sort().values
-    return torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels) - 1
+def _empty_places(labels, group):
+    return torch.empty_like(labels), torch.empty_like(labels), torch.empty_like(labels, dtype=torch.float64)
 
 
-def _empty_sums(x, labels, weights, group):
-    return weights.new_empty(*weights.shape, x.shape[1]), torch.empty_like(labels, dtype=torch.int64)
+@ops.operator("places_of_labels", fake=_empty_places)
+def _places_of_labels(labels: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
+    """ordered, slot and inverse of `SameLabel`."""
+    ordered = labels.sort().values
+    slot = first = torch.searchsorted(ordered, labels)
+    everywhere = ordered
+    if group:
+        everywhere = distributed.labels_of_all(labels, group).sort().values
+        first = torch.searchsorted(everywhere, labels)
+    others = torch.searchsorted(everywhere, labels, right=True) - first - 1
+    return ordered, slot, others.double().reciprocal_().masked_fill_(others == 0, 0.0)
 
 
-@ops.operator("label_sums", fake=_empty_sums)
-def _label_sums(x: Tensor, labels: Tensor, weights: Tensor, group: str) -> tuple[Tensor, Tensor]:
+@ops.operator("label_sums", fake=lambda x, labels, ordered, slot, weights, group: weights.new_empty(*weights.shape, x.shape[1]))
+def _label_sums(x: Tensor, labels: Tensor, ordered: Tensor, slot: Tensor, weights: Tensor, group: str) -> Tensor:
     """Sums of weights[p, j] x_j over all rows j, of all ranks, with one label, for each label that occurs here.
 
-    x: (N, D). labels: (N,). weights: (P, N). Returns: the sums (P, N, D), of which the label of row i has number slot[i],
-    since how many labels there are is known to the device alone; slot (N,).
+    x: (N, D). labels, ordered, slot: `SameLabel`. weights: (P, N). Returns: (P, N, D), of which the label of row i has the
+    number slot[i], since how many labels there are is known to the device alone.
     """
-    ordered = labels.sort().values
-    slot, last = torch.searchsorted(ordered, labels), len(labels) - 1
     sums = weights.new_zeros(*weights.shape, x.shape[1])
-    for y, of_y, w in distributed.label_blocks(x, labels, weights, group) if group else [(x, labels, weights)]:
-        if last < 0:
-            continue  # the other ranks still need the rows of this one: walk on
-        to = torch.searchsorted(ordered, of_y).clamp(max=last)
-        w = torch.where(ordered[to] == of_y, w, 0.0)  # labels that do not occur here
-        for total, each in zip(sums, w):
-            for b, k, v in _in_chunks(y, to, each):
-                # On a GPU index_put_ sorts and so adds in a fixed order; index_add_ would add in any.
-                total.index_put_((k,), b.to(total.dtype) * v[:, None], accumulate=True)
-    return sums, slot
+    if not group:
+        _add_by_slot_(sums, x, slot, weights)
+        return sums
+    for y, of_y, w in distributed.label_blocks(x, labels, weights, group):
+        if len(labels):  # if not, the other ranks still need the rows of this one: walk on
+            to = torch.searchsorted(ordered, of_y).clamp(max=len(labels) - 1)
+            _add_by_slot_(sums, y, to, torch.where(ordered[to] == of_y, w, 0.0))  # 0 for labels that do not occur here
+    return sums
+
+
+def _add_by_slot_(sums: Tensor, x: Tensor, slot: Tensor, weights: Tensor) -> None:
+    for total, each in zip(sums, weights):
+        for a, k, w in _in_chunks(x, slot, each):
+            # On a GPU index_put_ sorts and so adds in a fixed order; index_add_ would add in any.
+            total.index_put_((k,), a.to(total.dtype) * w[:, None], accumulate=True)
 
 
 @ops.operator("label_products", fake=lambda x, sums, slot: x.new_empty(x.shape[0], dtype=torch.float64))

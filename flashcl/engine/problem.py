@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,6 +146,16 @@ class Sigmoid:
     row_weight: Tensor  # (N,)
 
 
+class Needs(NamedTuple):
+    """Which gradients `grad` is asked for."""
+
+    x: bool = False  # of a triangular problem all of it
+    y: bool = False
+    row_bias: bool = False
+    col_bias: bool = False
+    scale: bool = False
+
+
 @dataclass(frozen=True)
 class Grads:
     """What `grad` returns. The factor logit_scale of dx and dy is left to the caller."""
@@ -172,6 +183,5 @@ class Grads:
 #   finish(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor) -> None
 #       out_i = scale (acc_i + weight_i other_j), j = (i + shift) mod C; acc (R, D) stat_dtype, other (C, D) like x,
 #       weight (n,) stat_dtype: rows from n on, and all where there is none, are scale acc_i; out (R, D) may be acc
-#   grad(problem: Problem, coefficients: Softmax | Sigmoid, *, need_x: bool, need_y: bool, need_bias: bool,
-#        need_scale: bool, kept: Tensor | None) -> Grads
-#       of a triangular problem need_x asks for the whole gradient; `kept` is what a sweep of the same problem left
+#   grad(problem: Problem, coefficients: Softmax | Sigmoid, needs: Needs, *, kept: Tensor | None) -> Grads
+#       `kept` is what a sweep of the same problem left
