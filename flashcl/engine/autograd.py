@@ -148,10 +148,10 @@ class _LogSumExp(torch.autograd.Function):
         return g.dx, g.dy, g.d_scale, g.d_row_bias, g.d_col_bias, None, None, None
 
 
-def _needs(ctx, col_bias: bool | None = None) -> Needs:
-    """What the autograd functions below are asked for: their arguments begin alike, and _SoftplusSum has no column bias."""
-    x, y, scale, row_bias = ctx.needs_input_grad[:4]
-    return Needs(x, y, row_bias, ctx.needs_input_grad[4] if col_bias is None else col_bias, scale)
+def _needs(ctx) -> Needs:
+    """Of both autograd functions: where _LogSumExp has its column bias, _SoftplusSum has no tensor, which needs no gradient."""
+    x, y, scale, row_bias, col_bias = ctx.needs_input_grad[:5]
+    return Needs(x, y, row_bias, col_bias, scale)
 
 
 def _or_zeros(upstream: Tensor | None, row: LogSumExp) -> Tensor:
@@ -216,7 +216,7 @@ class _SoftplusSum(torch.autograd.Function):
         pos = _logits(products, problem)
         of_positive = torch.nn.functional.softplus(-pos, threshold=50.0)
         d_pos = torch.expm1(-of_positive)  # -sigmoid(-pos), from exp(-softplus(-pos)) = sigmoid(pos)
-        needs = _needs(ctx, col_bias=False)
+        needs = _needs(ctx)
         if per_row or not any(needs):
             ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos)
             row = ops.sweep_softplus(problem, backend=backend, group=pairs.group) + of_positive
@@ -237,7 +237,7 @@ class _SoftplusSum(torch.autograd.Function):
             problem, positives = _problem(x, y, logit_scale, row_bias, None, ctx.pairs), ctx.pairs.positives()
             c, d_pos = Sigmoid(upstream.to(problem.stat_dtype)), d_pos * upstream
             where, beside = (ctx.backend, ctx.pairs.group), torch.dot(d_pos, products)
-            g = _gradients(problem, c, positives, d_pos, x.dtype, _needs(ctx, col_bias=False), *where, beside)
+            g = _gradients(problem, c, positives, d_pos, x.dtype, _needs(ctx), *where, beside)
             return g.dx, g.dy, g.d_scale, g.d_row_bias, None, None, None
         # The gradient of a column has come from the rows of all ranks already, each with an upstream gradient of 1.
         what = 'the upstream gradient of siglip (reduction="none" lets each rank have its own)'

@@ -1,0 +1,102 @@
+"""The host's part of a step on a GPU: all tensors on one device, and nothing is waited for.
+
+Meta tensors, which have no memory, stand in for those of a GPU. They show no value (`.item()`, an index by a mask), and no
+operation may mix devices or leave a tensor on the CPU: what would be an error or a synchronisation there fails here.
+Kernels are not launched.
+"""
+
+import contextlib
+import types
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("triton")
+from conftest import INTERPRETED
+
+if not INTERPRETED:
+    pytest.skip("the kernels must be those of the interpreter", allow_module_level=True)
+
+from triton.runtime import interpreter
+
+import flashcl
+from flashcl.backends import cuda, triton
+from flashcl.engine import dispatch
+from flashcl.triton_kernels import grad as grad_kernels, rows as row_kernels, sweep as sweep_kernels
+
+
+def tensors(values) -> list[torch.Tensor]:
+    return [v for v in tree_leaves(values) if isinstance(v, torch.Tensor)]
+
+
+def check(what, inputs, outputs=()) -> None:
+    devices = [t.device.type for t in tensors(inputs)], [t.device.type for t in tensors(outputs)]
+    assert set(devices[0] + devices[1]) <= {"meta"}, f"{what} takes tensors on {devices[0]} and leaves them on {devices[1]}"
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Looks at each operation, inside the operators of flashcl too, of which their fakes would only make the outputs."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator.namespace == "flashcl":
+            with self:
+                return operator._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs or {})
+        out = operator(*args, **kwargs or {})
+        check(operator, [args, kwargs], out)
+        return out
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Names of the kernels that would have been launched."""
+    names = []
+
+    def launch(name):
+        return lambda *args, **options: (check(name, [args, options]), names.append(name))
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: self.device.type == "meta"), raising=False)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no meta
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(dispatch, "unusable", lambda name, device, dtype: None)
+    monkeypatch.setattr(triton, "INTERPRETED", False)
+    for module in (grad_kernels, row_kernels, sweep_kernels):
+        monkeypatch.setattr(module, "on", lambda device: contextlib.nullcontext())
+    run = lambda self, *args, **options: launch(self.fn.__name__)(*args, **options)  # noqa: E731
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run)
+    kernels = {name: launch(name) for name in ("sweep", "grad", "sigmoid", "fold", "partner_products", "finish")}
+    block = lambda *args, **options: check("Block", [args, options])  # noqa: E731
+    monkeypatch.setattr(cuda, "_C", types.SimpleNamespace(TILE=128, Block=block, **kernels))
+    monkeypatch.setattr(cuda, "_on", lambda device: contextlib.nullcontext(0))
+    return names
+
+
+def leaf(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=True)
+
+
+LOSSES = {
+    "info_nce": lambda x, y, **at: flashcl.info_nce(x, y, logit_scale=leaf(), **at),
+    "info_nce, more candidates": lambda x, y, **at: flashcl.info_nce(x, torch.cat([y, y]), temperature=0.1, symmetric=False, **at),
+    "info_nce, normalised": lambda x, y, **at: flashcl.info_nce(x, y, temperature=0.1, normalize=True, reduction="none", **at),
+    "siglip": lambda x, y, **at: flashcl.siglip(x, y, logit_scale=leaf(), logit_bias=leaf(), **at),
+    "siglip, floats": lambda x, y, **at: flashcl.siglip(x, y, logit_scale=10.0, logit_bias=-10.0, reduction="none", **at),
+    "nt_xent": lambda x, y, **at: flashcl.nt_xent(x, y, temperature=leaf(), **at),
+    "sup_con": lambda x, y, **at: flashcl.sup_con(x + y, torch.zeros(len(x), dtype=torch.int32, device="meta"), **at),
+    "logsumexp": lambda x, y, **at: torch.cat(
+        flashcl.similarity_logsumexp(x, y, logit_scale=leaf(), row_bias=leaf(len(x)), col_bias=leaf(len(y)), **at)
+    ),
+}
+
+
+@pytest.mark.parametrize("n, d", [(256, 64), (300, 41)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_a_step_stays_on_the_device(backend, loss, dtype, n, d, launched):
+    x, y = leaf(n, d, dtype=dtype), leaf(n, d, dtype=dtype)
+    with OnTheDevice():
+        LOSSES[loss](x, y, backend=backend).sum().backward()
+    assert x.grad.shape == y.grad.shape == (n, d)
+    assert len(launched) >= 4 if backend != "torch" else not launched
