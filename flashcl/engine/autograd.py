@@ -115,7 +115,7 @@ class _LogSumExp(torch.autograd.Function):
             problem = replace(problem, center=mean.to(problem.stat_dtype))
         s = ops.sweep(problem, need_cols=need_cols, keep=any(ctx.needs_input_grad), backend=backend, group=pairs.group)
         col_parts = None if s.col is None else s.col.parts
-        places = () if pairs.labels is None else positives[2:]
+        places = () if pairs.labels is None else (positives.ordered, positives.slot, positives.inverse)
         ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.parts, col_parts, products, s.kept, *places)
         ctx.pairs, ctx.backend = pairs, backend
         ctx.set_materialize_grads(False)

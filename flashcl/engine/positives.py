@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,7 +42,8 @@ class Partner:
         return dx, dy
 
 
-class SameLabel(NamedTuple):
+@dataclass(frozen=True)
+class SameLabel:
     """All other rows with the label of the row, on all ranks; x and y are the same embeddings. Rows without one have t_i = 0.
 
     What its tensors say is found in the forward, and kept for the backward.
