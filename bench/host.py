@@ -21,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 import flashcl
+from flashcl import reference
+from flashcl.engine import dispatch
 
 N, D = 256, 16
 LOSSES = {
@@ -28,7 +30,7 @@ LOSSES = {
     "siglip": lambda x, y, scale, bias, **at: flashcl.siglip(x, y, logit_scale=scale, logit_bias=bias, **at),
     "nt_xent": lambda x, y, scale, bias, **at: flashcl.nt_xent(x, y, temperature=0.1, **at),
     "sup_con": lambda x, y, scale, bias, **at: flashcl.sup_con(x, torch.arange(N, device=x.device) // 4, **at),
-    "dense info_nce": lambda x, y, scale, bias, **at: flashcl.reference.info_nce(x, y, logit_scale=scale),
+    "dense info_nce": lambda x, y, scale, bias, **at: reference.info_nce(x, y, logit_scale=scale),
 }
 
 
@@ -39,17 +41,20 @@ class Stub(DriverBase):
         get_device_properties = staticmethod(lambda device: {"max_shared_mem": 227 * 1024})
         load_binary = staticmethod(lambda *_: (1, 1, 0, 0, 1024))  # module, function, registers, spills, threads
 
-    def __init__(self):
-        torch.cuda.get_device_capability = lambda device=None: (9, 0)
-        flashcl.engine.dispatch.unusable = lambda *_: None
-        flashcl.engine.dispatch.load("triton").addmm_ = lambda *_: None
-
     is_active = classmethod(lambda cls: True)
     launcher_cls = staticmethod(lambda source, metadata: lambda *_: None)
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
     get_active_torch_device = staticmethod(lambda: torch.device("cpu"))
     get_current_device = get_current_stream = staticmethod(lambda *_: 0)
-    get_benchmarker = map_python_to_cpp_type = None
+    get_benchmarker = map_python_to_cpp_type = None  # a driver has them, a launch does not ask for them
+
+
+def stand_in_for_a_gpu() -> None:
+    """Lets the triton backend serve CPU tensors, as on a GPU of sm_90 but with nothing computed."""
+    triton.runtime.driver.set_active(Stub())
+    torch.cuda.get_device_capability = lambda device=None: (9, 0)
+    dispatch.unusable = lambda *_: None
+    dispatch.load("triton").addmm_ = lambda *_: None
 
 
 def milliseconds(loss, inputs: list[Tensor], repeats: int) -> tuple[float, float]:
@@ -83,7 +88,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.stub:
-        triton.runtime.driver.set_active(Stub())
+        stand_in_for_a_gpu()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "triton" if options.stub else options.backend
     inputs = leaves(device, sixteen_bits=options.stub or device == "cuda")

@@ -149,14 +149,8 @@ def grad(
         full = grad(p, c, Needs(x=needs.x, y=needs.x, scale=needs.scale), workspace=workspace)
         return Grads(full.dx + full.dy if needs.x else None, None, d_scale=full.d_scale, row_sum=full.row_sum)
 
-    def zeros(wanted: bool, *shape: int) -> Tensor | None:
-        return torch.zeros(shape, dtype=torch.float32, device=p.x.device) if wanted else None
-
-    N, M, D = len(p.x), len(p.y), p.x.shape[1]
-    dx, dy = zeros(needs.x, N, D), zeros(needs.y and not p.triangular, M, D)
-    g_rows, g_cols, row_sum = zeros(needs.row_bias, N), zeros(needs.col_bias, M), zeros(isinstance(c, Sigmoid), N)
-    d_scale = torch.zeros((), dtype=torch.float64, device=p.x.device) if needs.scale else None
-
+    total, D = Grads.zeros(p, c, needs), p.x.shape[1]
+    dx, dy = total.dx, total.dy
     a = _Arguments.of(p)
     row, col = _sides(p, c)
     lift = _lift(row, col) if p.x.dtype == torch.float16 else None
@@ -167,17 +161,17 @@ def grad(
             shape = _whole(i), _whole(j)
             buffer = torch.empty(math.prod(shape), dtype=a.x.dtype, device=p.x.device) if buffer is None else buffer
             g = buffer[: math.prod(shape)].view(shape)
-        sums = _tile_sums(p, i, j, needs, softplus=row_sum is not None)
+        sums = _tile_sums(p, i, j, needs, softplus=isinstance(c, Sigmoid))
         with _on(p.x.device) as stream:
             _launch(a.block(i, j), c, row.at(i), col and col.at(j), sums, g, lift, stream)
 
-        for total, part, at in ((g_rows, sums.g_rows, i), (g_cols, sums.g_cols, j), (row_sum, sums.softplus, i)):
-            if total is not None:
-                total[at].add_(part.sum(0)[: at.stop - at.start])
-        own = len(range(N)[i]) if p.triangular and i.start == j.start else 0  # columns of the strip that are its rows
-        if d_scale is not None:  # there G + G^T meets every pair twice
+        for lines, part, at in ((total.g_rows, sums.g_rows, i), (total.g_cols, sums.g_cols, j), (total.row_sum, sums.softplus, i)):
+            if lines is not None:
+                lines[at].add_(part.sum(0)[: at.stop - at.start])
+        own = len(range(len(p.x))[i]) if p.triangular and i.start == j.start else 0  # columns of the strip that are its rows
+        if needs.scale:  # there G + G^T meets every pair twice
             twice, once = sums.scaled.split([-(-own // _C.TILE), _tiles(j) - -(-own // _C.TILE)], dim=1)
-            d_scale += 0.5 * twice.sum(dtype=torch.float64) + once.sum(dtype=torch.float64)
+            total.d_scale.add_(0.5 * twice.sum(dtype=torch.float64) + once.sum(dtype=torch.float64))
         if g is not None:
             g, x, y = g[: i.stop - i.start, : j.stop - j.start], a.x[i, :D], a.y[j, :D]
             if dx is not None:
@@ -190,7 +184,7 @@ def grad(
     for d in (dx, dy):
         if lift is not None and d is not None:
             d /= lift
-    return Grads(dx, dy, g_rows, g_cols, d_scale, row_sum)
+    return total
 
 
 class _Side(NamedTuple):

@@ -308,12 +308,8 @@ def grad(
     # 16-bit operands get a G in their dtype, lifted by a power of two into the middle of its range.
     lift = _lift(c) if tiles.operand_dtype.itemsize == 2 else None
 
-    def zeros(wanted: bool, *shape: int, dtype: torch.dtype = p.stat_dtype) -> Tensor | None:
-        return torch.zeros(shape, dtype=dtype, device=p.x.device) if wanted else None
-
-    dx, dy = zeros(needs.x, *p.x.shape), zeros(needs.y and not p.triangular, *p.y.shape)
-    g_rows, g_cols = zeros(needs.row_bias, len(p.x)), zeros(needs.col_bias, len(p.y))
-    d_scale, row_sum = zeros(needs.scale, dtype=torch.float64), zeros(isinstance(c, Sigmoid), len(p.x))
+    total = Grads.zeros(p, c, needs)
+    dx, dy = total.dx, total.dy
     about = None
     if isinstance(c, Softmax):
         about = c.about
@@ -323,23 +319,23 @@ def grad(
     for i, x in tiles.rows():
         for j, y, s, classes, product, free in tiles.along(i, x):
             if isinstance(c, Sigmoid):
-                row_sum[i] += softplus(s).sum(1) * c.row_weight[i]
+                total.row_sum[i] += softplus(s).sum(1) * c.row_weight[i]
                 g = s.sigmoid_().mul_(c.row_weight[i, None])  # (BN, BM)
             else:
                 col = None if cols is None or (p.triangular and j.start == i.start) else cols.at(j)
                 g = _softmax_tile(s, classes.positive, free, rows.at(i), col)
                 if classes.dropped is not None:  # 0 already, unless the log-sum-exp of its row is NaN
                     _fill_(g, classes.dropped, 0.0)
-            if d_scale is not None:
+            if needs.scale:
                 centered = product if about is None else torch.sub(product, about, out=free)
-                d_scale += torch.mul(centered, g, out=free).sum(1).sum(dtype=torch.float64)
+                total.d_scale.add_(torch.mul(centered, g, out=free).sum(1).sum(dtype=torch.float64))
             if p.triangular and j.start == i.start:
                 # Not exp(s_ij - lse_j): a GEMM may round s_ij and s_ji apart, and lse_j has seen s_ji.
                 g = g + g.T
-            if g_rows is not None:
-                g_rows[i] += g.sum(1)
-            if g_cols is not None:
-                g_cols[j] += g.sum(0)
+            if needs.row_bias:
+                total.g_rows[i] += g.sum(1)
+            if needs.col_bias:
+                total.g_cols[j] += g.sum(0)
             if lift is not None:
                 g = (g * lift).to(tiles.operand_dtype)
             if dx is not None:
@@ -353,7 +349,7 @@ def grad(
         for d in (dx, dy):
             if d is not None:
                 d.div_(lift)
-    return Grads(dx, dy, g_rows, g_cols, d_scale, row_sum)
+    return total
 
 
 class _Side(NamedTuple):

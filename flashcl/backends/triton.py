@@ -144,13 +144,8 @@ def grad(
     row, col = _sides(p, c)
     lift = _lift(row, col) if p.x.dtype == torch.float16 else None
 
-    def zeros(wanted: bool, *shape: int) -> Tensor | None:
-        return torch.zeros(shape, device=p.x.device) if wanted else None
-
-    N, M, D = len(p.x), len(p.y), p.x.shape[1]
-    dx, dy = zeros(needs.x, N, D), zeros(needs.y and not p.triangular, M, D)
-    totals = Sums(zeros(needs.row_bias, N), zeros(needs.col_bias, M), zeros(isinstance(c, Sigmoid), N), None, None)
-    d_scale = torch.zeros((), dtype=torch.float64, device=p.x.device) if needs.scale else None
+    total, D = Grads.zeros(p, c, needs), p.x.shape[1]
+    dx, dy, lines = total.dx, total.dy, (total.g_rows, total.g_cols, total.row_sum)
     need_g = dx is not None or dy is not None
 
     p, program = _loadable(p), PROGRAMS[p.program]
@@ -166,14 +161,14 @@ def grad(
             padded = buffer[: math.prod(shape)].view(shape)
         scaled = torch.empty(grad_kernels.grid(block, tile, diagonal), device=x.device) if needs.scale else None
         about = c.about if needs.scale and isinstance(c, Softmax) else None
-        sums = _sums_of_tiles(totals, block, tile, scaled, about)
+        sums = _sums_of_tiles(lines, block, tile, scaled, about)
         grad_kernels.grad(x, y, block, _part(row, i), _part(col, j), padded, lift, sums, program, diagonal, tile)
 
-        for total, part, at in zip(totals, sums, (i, j, i)):  # not of the scale, which has no lines
-            if total is not None:
-                total[at].add_(part.sum(0)[: at.stop - at.start])
-        if d_scale is not None:
-            d_scale += sums.scaled.sum(dtype=torch.float64)
+        for of_lines, part, at in zip(lines, sums, (i, j, i)):  # not of the scale, which has no lines
+            if of_lines is not None:
+                of_lines[at].add_(part.sum(0)[: at.stop - at.start])
+        if needs.scale:
+            total.d_scale.add_(sums.scaled.sum(dtype=torch.float64))
         if need_g:
             g = padded[: block.N, : block.M]
             if dx is not None:
@@ -186,7 +181,7 @@ def grad(
     for d in (dx, dy):
         if lift is not None and d is not None:
             d /= lift
-    return Grads(dx, dy, totals.g_rows, totals.g_cols, d_scale, totals.softplus)
+    return total
 
 
 def _grad_row(p: Problem, c: Softmax | Sigmoid, need_scale: bool) -> str:
@@ -221,13 +216,14 @@ def _part(side: Side | None, at: slice) -> Side | None:
     return Side(weight, lse, side.stride, offset)
 
 
-def _sums_of_tiles(totals: Sums, block: Block, tile: config.Tile, scaled: Tensor | None, about: Tensor | None) -> Sums:
-    """Room for the sums of every tile, of those that are wanted."""
+def _sums_of_tiles(
+    lines: tuple[Tensor | None, ...], block: Block, tile: config.Tile, scaled: Tensor | None, about: Tensor | None
+) -> Sums:
+    """Room for the sums of every tile, of those lines that are wanted."""
     along_rows = cdiv(block.M, tile.BM), tiled.whole(block.N, tile.BN)
     along_cols = cdiv(block.N, tile.BN), tiled.whole(block.M, tile.BM)
     shapes = along_rows, along_cols, along_rows
-    lines = (None if total is None else total.new_empty(shape) for total, shape in zip(totals, shapes))
-    return Sums(*lines, scaled, about)
+    return Sums(*(None if v is None else v.new_empty(shape) for v, shape in zip(lines, shapes)), scaled, about)
 
 
 def _lift(row: Side, col: Side | None) -> Tensor:

@@ -192,16 +192,9 @@ def grad(
 ) -> Grads:
     wanted = [name for name, need in needs._asdict().items() if need]
     world = _World.meet("the gradients of a loss", p, group, **{"gradients wanted": wanted})
-    p, lines = world.p, sum(world.lines)
-
-    def zeros(wanted, *shape, dtype=p.stat_dtype):
-        return torch.zeros(shape, dtype=dtype, device=p.x.device) if wanted else None
-
-    dx, dy = zeros(needs.x, *p.x.shape), zeros(needs.y and not p.triangular, *p.y.shape)
-    g_rows, g_cols = zeros(needs.row_bias, len(p.x)), zeros(needs.col_bias, lines)
-    d_scale = zeros(needs.scale, dtype=torch.float64)
-    row_sum = zeros(isinstance(c, Sigmoid), len(p.x))
-
+    p = world.p
+    total = Grads.zeros(p, c, needs, cols=sum(world.lines))
+    dx, dy = total.dx, total.dy
     cols = None if isinstance(c, Sigmoid) else _coefficients_of_all(world, c)
     home = dx if p.triangular else dy
     if world.ranks.partial and isinstance(c, Sigmoid):
@@ -218,17 +211,17 @@ def grad(
                 dx[block.rows] += g.dx
             if g.dy is not None:
                 exchange.give_back(block, g.dy) if not own else dy.add_(g.dy)
-            if g.g_rows is not None:
-                g_rows[block.rows] += g.g_rows
-            if g.g_cols is not None:
-                _put(g_cols, at, _take(g_cols, at) + g.g_cols)
-            if g.d_scale is not None:
-                d_scale += g.d_scale
-            if row_sum is not None:
-                row_sum += g.row_sum
+            if needs.row_bias:
+                total.g_rows[block.rows] += g.g_rows
+            if needs.col_bias:
+                _put(total.g_cols, at, _take(total.g_cols, at) + g.g_cols)
+            if needs.scale:
+                total.d_scale.add_(g.d_scale)
+            if g.row_sum is not None:
+                total.row_sum.add_(g.row_sum)
     if needs.col_bias:
-        g_cols = world.ranks.all_reduce_(g_cols)[world.own_lines()]
-    return Grads(dx, dy, g_rows, g_cols, d_scale, row_sum)
+        total = replace(total, g_cols=world.ranks.all_reduce_(total.g_cols)[world.own_lines()])
+    return total
 
 
 def _goes_home(own: bool, home: Tensor | None, dy: Tensor | None) -> bool:

@@ -27,8 +27,8 @@ _library = torch.library.Library("flashcl", "FRAGMENT")
 def operator(name: str, fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
     """Registers a function as the operator flashcl::name; `fake` makes empty outputs from the same arguments.
 
-    What torch.library.custom_op does, less its autograd and its checks of every call: they take 10 to 60 us of the host each
-    (bench/NOTES.md), and all calls come from inside an autograd function.
+    What torch.library.custom_op does, less its autograd and its checks of every call: they cost the host more than a small
+    operation does (bench/NOTES.md), and no call needs a gradient: all are made inside autograd functions or of detached numbers.
     """
 
     def register(function: Callable) -> Callable:
@@ -73,7 +73,7 @@ def grad(
     else:
         row_lse, col_lse = (None if lse is None else lse.parts for lse in (c.row_lse, c.col_lse))
         vectors = [c.row_weight, row_lse, c.col_weight, col_lse, c.row_offset, c.col_offset, c.about]
-    dx, dy, g_rows, g_cols, d_scale, row_sum = _grad(*_unpack(problem), *vectors, kept, *needs, backend, group)
+    dx, dy, g_rows, g_cols, d_scale, row_sum = _grad(*_unpack(problem), *vectors, kept, list(needs), backend, group)
     return Grads(
         dx if needs.x else None,
         dy if needs.y and not problem.triangular else None,
@@ -200,14 +200,14 @@ def _sweep_softplus(
 
 
 def _empty_grads(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_lse, col_weight, col_lse,
-      row_offset, col_offset, about, kept, need_x, need_y, need_row_bias, need_col_bias, need_scale, backend, group):  # fmt: skip
-    new = logit_scale.new_empty
+      row_offset, col_offset, about, kept, needs, backend, group):  # fmt: skip
+    new, needs = logit_scale.new_empty, Needs(*needs)
     return (
-        new(x.shape if need_x else 0),
-        new(y.shape if need_y and y is not None else 0),
-        new(x.shape[0] if need_row_bias else 0),
-        new((x if y is None else y).shape[0] if need_col_bias else 0),
-        new((), dtype=torch.float64) if need_scale else new(0),
+        new(x.shape if needs.x else 0),
+        new(y.shape if needs.y and y is not None else 0),
+        new(x.shape[0] if needs.row_bias else 0),
+        new((x if y is None else y).shape[0] if needs.col_bias else 0),
+        new((), dtype=torch.float64) if needs.scale else new(0),
         new(x.shape[0] if row_lse is None else 0),
     )
 
@@ -230,11 +230,7 @@ def _grad(
     col_offset: Tensor | None,
     about: Tensor | None,
     kept: Tensor | None,
-    need_x: bool,
-    need_y: bool,
-    need_row_bias: bool,
-    need_col_bias: bool,
-    need_scale: bool,
+    needs: list[bool],
     backend: str,
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -244,7 +240,6 @@ def _grad(
     else:
         row, col = LogSumExp(row_lse), None if col_lse is None else LogSumExp(col_lse)
         c = Softmax(row_weight, row, col_weight, col, row_offset, col_offset, about)
-    needs = Needs(need_x, need_y, need_row_bias, need_col_bias, need_scale)
-    module = dispatch.load(backend)
+    module, needs = dispatch.load(backend), Needs(*needs)
     g = distributed.grad(module, problem, c, needs, group) if group else module.grad(problem, c, needs, kept=kept)
     return _present(g.dx, g.dy, g.g_rows, g.g_cols, g.d_scale, g.row_sum, like=logit_scale)

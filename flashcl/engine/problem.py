@@ -167,6 +167,23 @@ class Grads:
     d_scale: Tensor | None = None  # () float64: sum_ij G_ij (<x_i, y_j> - about), of G before it is rounded to 16 bits
     row_sum: Tensor | None = None  # (N,) stat_dtype: sum_j row_weight[i] softplus(s_ij), with Sigmoid coefficients
 
+    @staticmethod
+    def zeros(p: Problem, c: Softmax | Sigmoid, needs: Needs, cols: int | None = None) -> Grads:
+        """For blocks to be added to. cols: how many g_cols has, if not one for each row of y."""
+        (N, D), M = p.x.shape, p.y.shape[0]
+
+        def new(wanted: bool, *shape: int, dtype: torch.dtype = p.stat_dtype) -> Tensor | None:
+            return torch.zeros(shape, dtype=dtype, device=p.x.device) if wanted else None
+
+        return Grads(
+            new(needs.x, N, D),
+            new(needs.y and not p.triangular, M, D),
+            new(needs.row_bias, N),
+            new(needs.col_bias, M if cols is None else cols),
+            new(needs.scale, dtype=torch.float64),
+            new(isinstance(c, Sigmoid), N),
+        )
+
 
 # A backend is a module with
 #
