@@ -8,11 +8,14 @@ import math
 import pytest
 import torch
 
+import kernels
+from kernels import assert_near, everything
+
 import flashcl
 from flashcl.backends.gemm import addmm_
 from flashcl.contract import LOSSES, case, evaluate
 from flashcl.engine import dispatch
-from flashcl.engine.problem import Needs, Problem, Sigmoid, Softmax
+from flashcl.engine.problem import Needs, Problem, Softmax
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,7 +24,7 @@ pytestmark = [
 
 DEVICE, BF16 = torch.device("cuda"), torch.bfloat16
 # The last one gives every cluster several tiles: both consumers work, and stages are used again.
-SHAPES = [(1, 1, 8), (128, 128, 64), (129, 127, 72), (255, 300, 8), (300, 280, 136), (1000, 1111, 200), (2000, 1900, 264)]
+SHAPES = [*kernels.SHAPES, (1000, 1111, 200), (2000, 1900, 264)]
 
 
 @pytest.fixture(scope="module", params=["cuda"])
@@ -36,33 +39,8 @@ def backend(request):
     return cuda
 
 
-def problem(N, M, D, program="all", triangular=False, seed=0):
-    g = torch.Generator().manual_seed(seed)
-
-    def vectors(size, first):
-        ids, labels = torch.arange(size) + first, torch.randint(9, (size,), generator=g)
-        return tuple(v.to(DEVICE) for v in (ids, labels)[: {"all": 0, "different": 1, "by_label": 2}[program]])
-
-    x = torch.randn(N, D, generator=g).to(BF16).to(DEVICE)
-    y = x if triangular else torch.randn(M, D, generator=g).to(BF16).to(DEVICE)
-    rows = vectors(N, 0)
-    cols = rows if triangular else vectors(M, 3)
-    scale = torch.full((1,), 2 / math.sqrt(D), device=DEVICE)
-    return Problem(x, y, scale, None, None, program, rows, cols, triangular=triangular)
-
-
-def everything(backend, p):
-    """All that the kernels give for a problem, as named tensors."""
-    s = backend.sweep(p, need_cols=True)
-    col = s.row if p.triangular else s.col
-    ones = [torch.full_like(v.top, 0.5) for v in (s.row, col)]
-    c = Softmax(ones[0], s.row) if p.triangular else Softmax(ones[0], s.row, ones[1], s.col)
-    out = dict(row=s.row.value(), col=col.value())
-    coefficients = [c] if p.classes == 2 or p.triangular else [c, Sigmoid(torch.ones(len(p.x), device=p.x.device))]
-    for c in coefficients:
-        g = backend.grad(p, c, Needs(x=True, y=True, row_bias=not p.triangular, col_bias=not p.triangular, scale=True))
-        out |= {f"{type(c).__name__} {k}": v for k, v in vars(g).items() if v is not None}
-    return out
+def problem(*args, **options):
+    return kernels.problem(*args, **options, device=DEVICE)
 
 
 def on_cpu(p):
@@ -74,14 +52,7 @@ def on_cpu(p):
 
 
 def check_like_emulation(backend, p):
-    """The GPU differs from the emulation in exp, in the order within a product and in the order of the GEMMs, by little."""
-    got, want = everything(backend, p), everything(backend, on_cpu(p))
-    for name, v in want.items():
-        v, tolerance = v.double(), 1e-6 if name in ("row", "col", "Sigmoid row_sum") else 5e-3 if " d" in name else 2e-5
-        assert torch.equal(got[name].cpu().isfinite(), v.isfinite()), name
-        finite = v[v.isfinite()]
-        error = (got[name].cpu().double()[v.isfinite()] - finite).abs().max() if len(finite) else torch.zeros(())
-        assert error <= tolerance * max(finite.abs().max().item() if len(finite) else 0, 1e-3), f"{name}: {error:.1e}"
+    assert_near(everything(backend, p), everything(backend, on_cpu(p)), p.x.shape[1])
 
 
 @pytest.mark.parametrize("N, M, D", SHAPES)

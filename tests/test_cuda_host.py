@@ -1,17 +1,21 @@
-"""The CUDA backend without a GPU: its epilogues, walks and layouts, run on the CPU by the code that the GPU runs.
+"""The CUDA backend without a GPU, twice.
 
-csrc/emulate.cpp does to tiles of a CPU product what the kernels do to those of the tensor cores, lane by lane, and
-flashcl.backends.cuda takes CPU tensors through it. What only a GPU can show (TMA, wgmma, barriers) is in test_cuda_gpu.py.
+emulated: csrc/emulate.cpp does to tiles of a CPU product what the kernels do to those of the tensor cores, lane by lane, and
+flashcl.backends.cuda takes CPU tensors through it.
+ptx: the kernels themselves, as PTX, on a GPU that is a program (hopper/). test_hopper.py has what is of it alone.
 """
 
 import dataclasses
 import math
+import sys
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
 
 _C = pytest.importorskip("flashcl._C", reason="flashcl._C was not built: no nvcc, or no CUTLASS headers")
+
+import hopper
 
 from flashcl.backends import cuda as backend, torch as reference
 from flashcl.contract import LOSSES, case, violations
@@ -28,6 +32,20 @@ SHAPES = [
 ]  # (N, M, D): 1 to 3 tiles, ragged or not
 
 pytestmark = pytest.mark.usefixtures("poison")
+
+
+@pytest.fixture(params=["emulated", "ptx"], scope="module", autouse=True)
+def kernels(request):
+    if request.param == "emulated":
+        yield
+        return
+    machine = hopper.machine()
+    if isinstance(machine, str):
+        pytest.skip(machine)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (backend, sys.modules[__name__]):
+            patch.setattr(module, "_C", machine.module)
+        yield
 
 
 def problem(

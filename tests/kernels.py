@@ -1,0 +1,51 @@
+"""All that the CUDA kernels give for a problem, to be compared: on a GPU, on one that is a program, in the CPU emulation."""
+
+import math
+
+import torch
+
+from flashcl.engine.problem import Needs, Problem, Sigmoid, Softmax
+
+# (N, M, D): one tile to 9, ragged or not, D below, at and beyond the 64 of a step.
+SHAPES = [(1, 1, 8), (128, 128, 64), (129, 127, 72), (255, 300, 8), (300, 280, 136)]
+
+
+def problem(N, M, D, program="all", triangular=False, *, dtype=torch.bfloat16, device="cpu"):
+    g = torch.Generator().manual_seed(0)
+
+    def vectors(size, first):
+        ids, labels = torch.arange(size) + first, torch.randint(9, (size,), generator=g)
+        return tuple(v.to(device) for v in (ids, labels)[: {"all": 0, "different": 1, "by_label": 2}[program]])
+
+    x = torch.randn(N, D, generator=g).to(device, dtype)
+    y = x if triangular else torch.randn(M, D, generator=g).to(device, dtype)
+    rows = vectors(N, 0)
+    cols = rows if triangular else vectors(M, 3)
+    scale = torch.full((1,), 2 / math.sqrt(D), device=device)
+    return Problem(x, y, scale, None, None, program, rows, cols, triangular=triangular)
+
+
+def everything(backend, p):
+    """Statistics and gradients, as named tensors."""
+    s = backend.sweep(p, need_cols=True)
+    col = s.row if p.triangular else s.col
+    ones = [torch.full_like(v.top, 0.5) for v in (s.row, col)]
+    c = Softmax(ones[0], s.row) if p.triangular else Softmax(ones[0], s.row, ones[1], s.col)
+    out = dict(row=s.row.value(), col=col.value())
+    coefficients = [c] if p.classes == 2 or p.triangular else [c, Sigmoid(torch.ones(len(p.x), device=p.x.device))]
+    for c in coefficients:
+        g = backend.grad(p, c, Needs(x=True, y=True, row_bias=not p.triangular, col_bias=not p.triangular, scale=True))
+        out |= {f"{type(c).__name__} {k}": v for k, v in vars(g).items() if v is not None}
+    return out
+
+
+def assert_near(got, want, D):
+    """They differ in exp and in the order of sums by little, and tensor cores cut off every sum of 16 products."""
+    assert got.keys() == want.keys()
+    of_logits = 1e-6 + D / 16 * 2**-24
+    for name, v in want.items():
+        v, tolerance = v.double(), of_logits if name in ("row", "col", "Sigmoid row_sum") else 5e-3 if " d" in name else 2e-5
+        assert torch.equal(got[name].cpu().isfinite(), v.isfinite()), name
+        finite = v[v.isfinite()]
+        error = (got[name].cpu().double()[v.isfinite()] - finite).abs().max() if len(finite) else torch.zeros(())
+        assert error <= tolerance * max(finite.abs().max().item() if len(finite) else 0, 1e-3), f"{name}: {error:.1e}"
