@@ -1,5 +1,6 @@
 """All that the CUDA kernels give for a problem, to be compared: on a GPU, on one that is a program, in the CPU emulation."""
 
+import dataclasses
 import math
 
 import torch
@@ -25,9 +26,15 @@ def problem(N, M, D, program="all", triangular=False, *, dtype=torch.bfloat16, d
     return Problem(x, y, scale, None, None, program, rows, cols, triangular=triangular)
 
 
+def wide(p):
+    """The same problem in float64."""
+    x = p.x.double()
+    return dataclasses.replace(p, x=x, y=x if p.triangular else p.y.double(), logit_scale=p.logit_scale.double())
+
+
 def everything(backend, p):
     """Statistics and gradients, as named tensors."""
-    s = backend.sweep(p, need_cols=True)
+    s = backend.sweep(p, need_cols=True, keep=False)
     col = s.row if p.triangular else s.col
     ones = [torch.full_like(v.top, 0.5) for v in (s.row, col)]
     c = Softmax(ones[0], s.row) if p.triangular else Softmax(ones[0], s.row, ones[1], s.col)

@@ -2,7 +2,7 @@
 
 emulated: csrc/emulate.cpp does to tiles of a CPU product what the kernels do to those of the tensor cores, lane by lane, and
 flashcl.backends.cuda takes CPU tensors through it.
-ptx: the kernels themselves, as PTX, on a GPU that is a program (hopper/). test_hopper.py has what is of it alone.
+ptx: the kernels themselves, as PTX, on a GPU that is a program (ptx/). test_cuda_ptx.py has what is of it alone.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from hypothesis import given, strategies as st
 
 _C = pytest.importorskip("flashcl._C", reason="flashcl._C was not built: no nvcc, or no CUTLASS headers")
 
-import hopper
+import ptx
 
 from flashcl.backends import cuda as backend, torch as reference
 from flashcl.contract import LOSSES, case, violations
@@ -39,7 +39,7 @@ def kernels(request):
     if request.param == "emulated":
         yield
         return
-    machine = hopper.machine()
+    machine = ptx.machine()
     if isinstance(machine, str):
         pytest.skip(machine)
     with pytest.MonkeyPatch.context() as patch:

@@ -5,6 +5,10 @@
 #include "kernels.h"
 
 namespace flashcl {
+
+extern const char* const resources;
+const char* const resources = "";  // setup.py has ptxas's report here
+
 namespace {
 
 template <class Args>

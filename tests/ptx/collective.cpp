@@ -96,19 +96,53 @@ Then elect(Thread& t, const Instruction& i) {
   });
 }
 
-// Four 8 x 8 matrices: lane 8 m + r has the address of row r of matrix m; lane 4 r + c holds columns 2 c and 2 c + 1.
+// N matrices of 8 x 8: lane 8 m + r has the address of row r of matrix m, lane 4 r + c what is in row r at columns 2 c
+// and 2 c + 1. TRANSPOSED: rows and columns of what lanes have change places.
+template <int N, bool TRANSPOSED>
 Then store_matrices(Thread& t, const Instruction& i) {
   std::array<uint32_t, 32> rows;
   for (Thread* lane : t.warp->threads) rows[lane->lane] = uint32_t(address(*lane, i, 0));
   return collective(t, i, ALL, [&](Thread& lane) {
-    for (int m = 0; m < 4; ++m) {
-      const uint32_t row = rows[8 * m + lane.lane / 4], to = row + 4 * (lane.lane % 4),
-                     value = lane.get<uint32_t>(i.args[2 + m]);
-      if (row % 16) fail("misaligned", i);
-      __builtin_memcpy(lane.cta->at(to, 4), &value, 4);
-      lane.cta->wrote(lane.tid, to - SHARED_BASE, 4);
+    for (int m = 0; m < N; ++m)
+      for (int e = 0; e < 2; ++e) {
+        int row = lane.lane / 4, col = lane.lane % 4 * 2 + e;
+        if (TRANSPOSED) std::swap(row, col);
+        const uint32_t to = rows[8 * m + row] + 2 * col;
+        const uint16_t value = uint16_t(lane.get<uint32_t>(i.args[2 + m]) >> 16 * e);
+        if (rows[8 * m + row] % 16) fail("misaligned", i);
+        __builtin_memcpy(lane.cta->at(to, 2), &value, 2);
+        lane.cta->wrote(lane.tid, to - SHARED_BASE, 2);
+      }
+  });
+}
+
+// The other way round.
+template <int N, bool TRANSPOSED>
+Then load_matrices(Thread& t, const Instruction& i) {
+  std::array<uint32_t, 32> rows;
+  for (Thread* lane : t.warp->threads) rows[lane->lane] = uint32_t(address(*lane, i, N));
+  return collective(t, i, ALL, [&](Thread& lane) {
+    for (int m = 0; m < N; ++m) {
+      uint16_t pair[2];
+      for (int e = 0; e < 2; ++e) {
+        int row = lane.lane / 4, col = lane.lane % 4 * 2 + e;
+        if (TRANSPOSED) std::swap(row, col);
+        if (rows[8 * m + row] % 16) fail("misaligned", i);
+        __builtin_memcpy(&pair[e], lane.cta->at(rows[8 * m + row] + 2 * col, 2), 2);
+      }
+      lane.set<uint32_t>(i.args[m], uint32_t(pair[1]) << 16 | pair[0]);
     }
   });
+}
+
+template <class T, bool LARGEST>
+Then extreme(Thread& t, const Instruction& i) {
+  const uint32_t mask = t.get<uint32_t>(i.args[2]);
+  T out = t.get<T>(i.args[1]);
+  for (Thread* lane : t.warp->threads)
+    if (mask >> lane->lane & 1)
+      out = LARGEST ? std::max(out, lane->get<T>(i.args[1])) : std::min(out, lane->get<T>(i.args[1]));
+  return collective(t, i, mask, [&](Thread& lane) { lane.set<T>(i.args[0], out); });
 }
 
 // ---- registers ----
@@ -270,6 +304,35 @@ Then copy_in(Thread& t, const Instruction& i) {
   return Then::NEXT;
 }
 
+// [shared], [map, {...}], [mbarrier]
+template <int RANK>
+Then copy_in_alone(Thread& t, const Instruction& i) {
+  const uint32_t to = uint32_t(address(t, i, 0)), barrier = uint32_t(address(t, i, 4 + RANK));
+  const TensorMap& map = tensor_map(t, i, 2);
+  const auto at = coordinates<RANK>(t, i, 4, map);
+  if (to % 128) fail("misaligned", i);
+  Cta& cta = *t.cta;
+  cta.cluster->start_copy([=, &cta, &map] {
+    fill(cta, map, at, to);
+    MBarrier& b = mbarrier(cta, barrier);
+    b.bytes -= bytes_of_box(map);
+    settle(cta, b);
+  });
+  return Then::NEXT;
+}
+
+// cp.async [shared], [global], bytes, bytes that are there: the rest becomes zeros
+Then copy_some(Thread& t, const Instruction& i) {
+  const uint32_t to = uint32_t(address(t, i, 0)), bytes = t.get<uint32_t>(i.args[4]),
+                 there = i.args.size() > 5 ? t.get<uint32_t>(i.args[5]) : bytes;
+  const char* from = reinterpret_cast<const char*>(address(t, i, 2));
+  if (to % bytes || (there && reinterpret_cast<uint64_t>(from) % bytes)) fail("misaligned", i);
+  Cta& cta = *t.cta;
+  t.loads.back().push_back(cta.cluster->start_copy(
+      [=, &cta] { std::fill(std::copy_n(from, there, cta.at(to, bytes)), cta.at(to, bytes) + bytes, char(0)); }));
+  return Then::NEXT;
+}
+
 // [map, {...}], [shared]
 template <int RANK>
 Then copy_out(Thread& t, const Instruction& i) {
@@ -282,11 +345,14 @@ Then copy_out(Thread& t, const Instruction& i) {
   return Then::NEXT;
 }
 
+// Until no more than the last few of the groups are under way.
+template <std::vector<std::vector<int>> Thread::* GROUPS>
 Then copies_wait(Thread& t, const Instruction& i) {
   const size_t may_fly = t.get<uint32_t>(i.args[0]);
-  while (t.stores.size() - 1 > may_fly) {  // all but the open group
-    for (int number : t.stores.front()) t.cta->cluster->finish_copy(number);
-    t.stores.erase(t.stores.begin());
+  auto& groups = t.*GROUPS;
+  while (groups.size() - 1 > may_fly) {  // all but the open one
+    for (int number : groups.front()) t.cta->cluster->finish_copy(number);
+    groups.erase(groups.begin());
   }
   return Then::NEXT;
 }
@@ -300,25 +366,74 @@ Then fence_for_copies(Thread& t, const Instruction&) {
   return Then::NEXT;
 }
 
-// ---- wgmma m64n128k16, operands in shared memory, K contiguous, swizzled by 128 bytes ----
+// ---- products ----
 
-constexpr int ACCUMULATORS = 64, ROWS = 64, COLUMNS = 128, DEPTH = 16;
+float to_float(uint16_t bits, bool half) {
+  return half ? __half2float(__half_raw{bits}) : __bfloat162float(__nv_bfloat16_raw{bits});
+}
+
+// Tensor cores cut off what a float32 does not hold.
+float towards_zero(double x) {
+  const float y = float(x);
+  return std::fabs(double(y)) > std::fabs(x) ? std::nextafter(y, 0.0f) : y;
+}
+
+// Of a 16 x 16 operand lane 4 r + q holds rows r and r + 8, each at k = 2 q, 2 q + 1 and 8 further, in four registers.
+void unpack(int lane, const uint32_t* registers, bool half, double (&to)[16][16]) {
+  for (int part = 0; part < 4; ++part)
+    for (int e = 0; e < 2; ++e)
+      to[lane / 4 + part % 2 * 8][lane % 4 * 2 + part / 2 * 8 + e] = to_float(registers[part] >> 16 * e & 0xffff, half);
+}
+
+// mma m16n8k16 {d}, {a}, {b}, {c}. Of b lane 4 r + q holds column r, at k as of a; of c and d rows r and r + 8 at
+// columns 2 q and 2 q + 1.
+template <bool HALF>
+Then multiply_16_8(Thread& t, const Instruction& i) {
+  if (!together(t, ALL)) return Then::WAITS;
+  double a[16][16], b[16][8];
+  for (Thread* lane : t.warp->threads) {
+    uint32_t registers[4];
+    for (int part = 0; part < 4; ++part) registers[part] = lane->get<uint32_t>(i.args[4 + part]);
+    unpack(lane->lane, registers, HALF, a);
+    for (int part = 0; part < 2; ++part)
+      for (int e = 0; e < 2; ++e)
+        b[lane->lane % 4 * 2 + part * 8 + e][lane->lane / 4] =
+            to_float(lane->get<uint32_t>(i.args[8 + part]) >> 16 * e & 0xffff, HALF);
+  }
+  for (Thread* lane : t.warp->threads)
+    for (int part = 0; part < 4; ++part) {
+      const int row = lane->lane / 4 + part / 2 * 8, col = lane->lane % 4 * 2 + part % 2;
+      double sum = lane->get<float>(i.args[10 + part]);
+      for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][col];
+      lane->set<float>(i.args[part], towards_zero(sum));
+    }
+  return Then::JUMPED;
+}
+
+// ---- wgmma m64nNk16, operands in shared memory, K contiguous, swizzled by 128 bytes; the first one maybe in registers
+// ----
+
+constexpr int ROWS = 64, DEPTH = 16, MOST_COLUMNS = 256;
 constexpr uint32_t IN_FLIGHT = 0x7fdeadad;  // a NaN
 
-// {64 accumulators}, a, b, scale-d, scale-a, scale-b, transpose a, transpose b
+// N / 2 accumulators, a multiple of 4, come before 7 other operands, or 9 where a is in four registers.
+int accumulators(const Instruction& i) { return (int(i.args.size()) - 7) / 4 * 4; }
+bool in_registers(const Instruction& i) { return i.args.size() % 4 == 1; }
+
+// {accumulators}, a, b, scale-d, scale-a, scale-b, transpose a (not of registers), transpose b
 Then multiply(Thread& t, const Instruction& i) {
-  const int* more = &i.args[ACCUMULATORS];
-  if (i.args.size() != ACCUMULATORS + 7) fail("not the operands of wgmma", i);
-  if (t.get<int>(more[3]) != 1 || t.get<int>(more[4]) != 1 || t.get<int>(more[5]) || t.get<int>(more[6]))
-    fail("signs or transposes", i);
-  const Product product{&i, t.get<uint64_t>(more[0]), t.get<uint64_t>(more[1]), t.get<bool>(more[2])};
+  const int* a = &i.args[accumulators(i)];
+  const int* b = a + (in_registers(i) ? 4 : 1);
+  for (const int* k = b + 2; k != &i.args.back() + 1; ++k)
+    if (t.get<int>(*k) != (k < b + 4)) fail("signs or transposes", i);
+  const Product product{&i, in_registers(i) ? 0 : t.get<uint64_t>(*a), t.get<uint64_t>(*b), t.get<bool>(b[1]), {}};
   if (!together(t, ALL)) return Then::WAITS;
   Warp& warp = *t.warp;
   for (Thread* lane : warp.threads)
-    if (lane->get<uint64_t>(more[0]) != product.a || lane->get<uint64_t>(more[1]) != product.b ||
-        lane->get<bool>(more[2]) != product.accumulate)
+    if ((!in_registers(i) && lane->get<uint64_t>(*a) != product.a) || lane->get<uint64_t>(*b) != product.b ||
+        lane->get<bool>(b[1]) != product.accumulate)
       fail("lanes that disagree", i);
-  for (int r = 0; r < ACCUMULATORS; ++r) {
+  for (int r = 0; r < accumulators(i); ++r) {
     auto [flying, fresh] = warp.flying.try_emplace(i.args[r]);
     for (Thread* lane : warp.threads) {
       if ((lane->get<uint32_t>(i.args[r]) == IN_FLIGHT) == fresh)
@@ -333,6 +448,9 @@ Then multiply(Thread& t, const Instruction& i) {
   if (shared.at != product.at || shared.a != product.a || shared.b != product.b ||
       shared.accumulate != product.accumulate)
     fail("warps that disagree", i);
+  for (Thread* lane : warp.threads)
+    for (int part = 0; in_registers(i) && part < 4; ++part)
+      shared.registers[warp.index % 4][lane->lane][part] = lane->get<uint32_t>(a[part]);
   ++shared.issued;
   return Then::JUMPED;
 }
@@ -369,16 +487,11 @@ Then products_wait(Thread& t, const Instruction& i) {
 // Element (row, k) of an operand that a descriptor tells of.
 float element(Cta& cta, uint64_t descriptor, int row, int k, bool half) {
   const uint32_t start = uint32_t(descriptor & 0x3fff) << 4, eight_rows = uint32_t(descriptor >> 32 & 0x3fff) << 4;
-  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7)) throw std::runtime_error("wgmma: not swizzled by 128 bytes");
+  const uint32_t period = 256u >> (descriptor >> 62);  // 128, 64 or 32 bytes: the length of a row
+  if (period == 256 || (descriptor >> 49 & 7)) throw std::runtime_error("wgmma: not swizzled");
   uint16_t bits;
-  __builtin_memcpy(&bits, cta.at(swizzled(start + row / 8 * eight_rows + row % 8 * 128 + 2 * k, 128), 2), 2);
-  return half ? __half2float(__half_raw{bits}) : __bfloat162float(__nv_bfloat16_raw{bits});
-}
-
-// Tensor cores cut off what a float32 does not hold.
-float towards_zero(double x) {
-  const float y = float(x);
-  return std::fabs(double(y)) > std::fabs(x) ? std::nextafter(y, 0.0f) : y;
+  __builtin_memcpy(&bits, cta.at(swizzled(start + row / 8 * eight_rows + row % 8 * period + 2 * k, period), 2), 2);
+  return to_float(bits, half);
 }
 
 }  // namespace
@@ -386,17 +499,22 @@ float towards_zero(double x) {
 void Warpgroup::execute() {
   const Product& product = products[executed++];
   const bool half = product.at->text.find(".f32.f16.f16") != std::string::npos;
+  const int columns = 2 * accumulators(*product.at);
   Cta& cta = *warps[0]->cta;
-  double a[ROWS][DEPTH], b[DEPTH][COLUMNS], sums[ROWS][COLUMNS] = {};
+  double a[4][16][DEPTH], b[DEPTH][MOST_COLUMNS], sums[ROWS][MOST_COLUMNS] = {};
+  for (int warp = 0; warp < 4; ++warp)
+    for (int lane = 0; in_registers(*product.at) && lane < 32; ++lane)
+      unpack(lane, product.registers[warp][lane], half, a[warp]);
   for (int k = 0; k < DEPTH; ++k) {
-    for (int row = 0; row < ROWS; ++row) a[row][k] = element(cta, product.a, row, k, half);
-    for (int col = 0; col < COLUMNS; ++col) b[k][col] = element(cta, product.b, col, k, half);
+    for (int row = 0; !in_registers(*product.at) && row < ROWS; ++row)
+      a[row / 16][row % 16][k] = element(cta, product.a, row, k, half);
+    for (int col = 0; col < columns; ++col) b[k][col] = element(cta, product.b, col, k, half);
   }
   for (int row = 0; row < ROWS; ++row)
     for (int k = 0; k < DEPTH; ++k)
-      for (int col = 0; col < COLUMNS; ++col) sums[row][col] += a[row][k] * b[k][col];
+      for (int col = 0; col < columns; ++col) sums[row][col] += a[row / 16][row % 16][k] * b[k][col];
   for (int warp = 0; warp < 4; ++warp)
-    for (int r = 0; r < ACCUMULATORS; ++r) {
+    for (int r = 0; r < accumulators(*product.at); ++r) {
       auto& values = warps[warp]->flying.at(product.at->args[r]);
       for (int lane = 0; lane < 32; ++lane) {
         const int row = 16 * warp + lane / 4 + r / 2 % 2 * 8, col = r / 4 * 8 + lane % 4 * 2 + r % 2;
@@ -405,9 +523,9 @@ void Warpgroup::execute() {
     }
 }
 
-std::map<std::string, Handler> hopper_operations() {
+std::map<std::string, Handler> collective_operations() {
   const Handler nothing = [](Thread&, const Instruction&) { return Then::NEXT; };
-  const std::string product = "wgmma.mma_async.sync.aligned.m64n128k16.f32.";
+  const std::string wgmma = "wgmma.mma_async.sync.aligned.m64", mma = "mma.sync.aligned.m16n8k16.row.col.f32.";
   return {
       {"shfl.sync.bfly.b32",
        [](Thread& t, const Instruction& i) {
@@ -419,7 +537,9 @@ std::map<std::string, Handler> hopper_operations() {
        }},
       {"vote.sync.any.pred", vote_any},
       {"elect.sync", elect},
-      {"stmatrix.sync.aligned.x4.m8n8.shared.b16", store_matrices},
+      {"stmatrix.sync.aligned.x4.m8n8.shared.b16", store_matrices<4, false>},
+      {"stmatrix.sync.aligned.m8n8.x4.shared.b16", store_matrices<4, false>},
+      {"stmatrix.sync.aligned.m8n8.x4.trans.shared.b16", store_matrices<4, true>},
       {"setmaxnreg.inc.sync.aligned.u32", set_registers<true>},
       {"setmaxnreg.dec.sync.aligned.u32", set_registers<false>},
       {"bar.sync", bar_sync},
@@ -447,9 +567,28 @@ std::map<std::string, Handler> hopper_operations() {
        copy_in<3>},
       {"cp.async.bulk.tensor.2d.global.shared::cta.bulk_group", copy_out<2>},
       {"cp.async.bulk.commit_group", [](Thread& t, const Instruction&) { return t.stores.emplace_back(), Then::NEXT; }},
-      {"cp.async.bulk.wait_group.read", copies_wait},
-      {product + "bf16.bf16", multiply},
-      {product + "f16.f16", multiply},
+      {"cp.async.bulk.wait_group.read", copies_wait<&Thread::stores>},
+      {"cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes", copy_in_alone<2>},
+      {"cp.async.cg.shared.global", copy_some},
+      {"cp.async.commit_group", [](Thread& t, const Instruction&) { return t.loads.emplace_back(), Then::NEXT; }},
+      {"cp.async.wait_group", copies_wait<&Thread::loads>},
+      {"ldmatrix.sync.aligned.m8n8.x1.shared.b16", load_matrices<1, false>},
+      {"ldmatrix.sync.aligned.m8n8.x2.shared.b16", load_matrices<2, false>},
+      {"ldmatrix.sync.aligned.m8n8.x4.shared.b16", load_matrices<4, false>},
+      {"ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16", load_matrices<2, true>},
+      {"ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16", load_matrices<4, true>},
+      {"redux.sync.max.s32", extreme<int32_t, true>},
+      {"redux.sync.min.s32", extreme<int32_t, false>},
+      {"redux.sync.max.u32", extreme<uint32_t, true>},
+      {"redux.sync.min.u32", extreme<uint32_t, false>},
+      {"mbarrier.inval.shared::cta.b64",
+       [](Thread& t, const Instruction& i) { return t.cta->mbarriers.erase(uint32_t(address(t, i, 0))), Then::NEXT; }},
+      {mma + "bf16.bf16.f32", multiply_16_8<false>},
+      {mma + "f16.f16.f32", multiply_16_8<true>},
+      {wgmma + "n64k16.f32.bf16.bf16", multiply},
+      {wgmma + "n128k16.f32.bf16.bf16", multiply},
+      {wgmma + "n64k16.f32.f16.f16", multiply},
+      {wgmma + "n128k16.f32.f16.f16", multiply},
       {"wgmma.fence.sync.aligned", nothing},
       {"wgmma.commit_group.sync.aligned", commit},
       {"wgmma.wait_group.sync.aligned", products_wait},

@@ -1,9 +1,9 @@
-"""The Hopper kernels as PTX, on a GPU that is a program (hopper/): in the orders that a GPU may choose, and with faults put in."""
+"""The Hopper kernels as PTX, on a GPU that is a program (ptx/): in the orders that a GPU may choose, and with faults put in."""
 
 import pytest
 import torch
 
-import hopper
+import ptx
 from kernels import SHAPES, assert_near, everything, problem
 
 from flashcl.backends import cuda as backend
@@ -16,7 +16,7 @@ MANY_TILES, MANY_STEPS = (600, 700, 136), (200, 130, 1080)
 
 @pytest.fixture(scope="module")
 def machine():
-    machine = hopper.machine()
+    machine = ptx.machine()
     if isinstance(machine, str):
         pytest.skip(machine)
     return machine

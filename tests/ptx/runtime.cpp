@@ -3,6 +3,7 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -119,6 +120,37 @@ int machine_edit(const char* from, const char* to) {
   return times;
 }
 void machine_restore() { state().modules = state().originals, state().programs.clear(); }
+
+const char* machine_message() { return state().message.c_str(); }
+
+// Launches a kernel of a PTX text. params are addresses of its first parameters, the others are zero. 0, or there is a
+// message.
+int machine_launch(const char* text, const char* name, const int* grid, int threads, size_t shared,
+                   const void* const* params, size_t given) {
+  static std::map<std::string, std::unique_ptr<ptx::Program>> known;  // by text
+  return guarded([&] {
+    auto& p = known[text];
+    if (!p)
+      for (auto& each : ptx::parse(text))
+        if (each->name == name) p = std::move(each);
+    require(p != nullptr, "no such kernel");
+    require(given <= p->layout.size(), "too many parameters");
+    char* to = static_cast<char*>(p->parameters());
+    std::fill_n(to, p->parameter_bytes, char(0));
+    for (size_t i = 0; i < given; ++i) std::memcpy(to + p->layout[i].offset, params[i], p->layout[i].size);
+    ptx::launch(*p, {grid[0], grid[1], grid[2]}, {1, 1, 1}, {threads, 1, 1}, shared, state().seed);
+  });
+}
+
+// A tensor map of 128 bytes; dimensions and strides (in bytes, without the first) come with the contiguous one first.
+void machine_tensor_map(void* out, void* address, int rank, int element_bytes, int period, const uint32_t* box,
+                        const uint64_t* dim, const int64_t* stride) {
+  ptx::TensorMap map{};
+  map.magic = ptx::TensorMap::MAGIC, map.address = reinterpret_cast<uint64_t>(address);
+  map.rank = rank, map.element_bytes = element_bytes, map.swizzle = period;
+  std::copy_n(box, rank, map.box), std::copy_n(dim, rank, map.dim), std::copy_n(stride, rank - 1, map.stride);
+  std::memset(out, 0, 128), std::memcpy(out, &map, sizeof(map));
+}
 
 // ---- what nvcc's code calls when the library is loaded ----
 

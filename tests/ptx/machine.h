@@ -1,5 +1,5 @@
-// Hopper, as far as the kernels of csrc/ can tell: clusters of CTAs with shared memory, barriers, the copy engine and
-// wgmma.
+// Ampere and Hopper, as far as the kernels can tell: clusters of CTAs with shared memory, barriers, the copy engine and
+// tensor cores.
 //
 // Whatever a GPU may do in any order is done in an order drawn from a seed: which warp runs and for how long, when a
 // copy arrives, when a product reads its operands. What a GPU forbids and lets pass throws std::runtime_error here.
@@ -48,8 +48,10 @@ struct Thread {
   bool waits = false;  // in a rendezvous, from which another thread frees it
   bool done = false;
   int cluster_phase = 0;
-  int warp_registers = 0;                   // of setmaxnreg
-  std::vector<std::vector<int>> stores{1};  // groups of copies to global memory, the last one still open: their numbers
+  int warp_registers = 0;  // of setmaxnreg
+  // Groups of copies, the last one still open: their numbers.
+  std::vector<std::vector<int>> stores{1};  // from shared to global memory by the copy engine
+  std::vector<std::vector<int>> loads{1};   // of cp.async
 
   template <class T>
   T get(int place) const {
@@ -70,7 +72,8 @@ struct Product {
   const Instruction* at;
   uint64_t a, b;  // descriptors
   bool accumulate;
-  int issued = 0;  // by how many of the warps
+  uint32_t registers[4][32][4];  // a of every warp and lane, where no descriptor tells of it
+  int issued = 0;                // by how many of the warps
 };
 
 struct Warpgroup {

@@ -2,6 +2,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cfenv>
 #include <cmath>
 #include <stdexcept>
@@ -10,7 +11,7 @@
 
 namespace ptx {
 
-std::map<std::string, Handler> hopper_operations();  // hopper.cpp
+std::map<std::string, Handler> collective_operations();  // collective.cpp
 
 namespace {
 
@@ -59,8 +60,7 @@ double error_at(T x) {
 
 // Approximations are as far off as the manual lets them be.
 F32 exp2_approximate(F32 x) {  // relative error 2^-22; 1 at 0
-  x = flushed(x);
-  return flushed(F32(x == 0 ? 1 : std::exp2(F64(x)) * (1 + 0x1p-22 * error_at(x))));
+  return F32(x == 0 ? 1 : std::exp2(F64(x)) * (1 + 0x1p-22 * error_at(x)));
 }
 F32 reciprocal_approximate(F32 x) {  // one unit in the last place
   const F32 y = 1 / flushed(x);
@@ -84,6 +84,25 @@ float fma_down(float a, float b, float c) {
   return out;
 }
 
+// Four bytes of a (0 to 3) and b (4 to 7), or of their signs (+ 8).
+U32 permuted(U32 a, U32 b, U32 which) {
+  const U64 both = U64(b) << 32 | a;
+  U32 out = 0;
+  for (int k = 0; k < 4; ++k) {
+    const U32 from = which >> 4 * k & 15, byte = both >> 8 * (from & 7) & 255;
+    out |= (from < 8 ? byte : byte >> 7 ? 255u : 0u) << 8 * k;
+  }
+  return out;
+}
+
+// `length` bits of a from `at` on.
+template <class T>
+T extract(T a, U32 at, U32 length) {
+  if (length == 0) return 0;
+  const U32 top = std::min(31u, at + length - 1);
+  return at > 31 ? 0 : T(U32(a) << (31 - top)) >> (31 - top + at);
+}
+
 void arithmetic(Table& table) {
 #define FLOATS(SUFFIX, T)                                        \
   BINARY("add." SUFFIX, T, a + b);                               \
@@ -97,7 +116,11 @@ void arithmetic(Table& table) {
   OPERATION("fma.rn." SUFFIX, T, LIST(T, T, T), [](T a, T b, T c) { return std::fma(a, b, c); })
   FLOATS("f32", F32);
   FLOATS("f64", F64);
-  UNARY("ex2.approx.ftz.f32", F32, exp2_approximate(a));
+  UNARY("ex2.approx.ftz.f32", F32, flushed(exp2_approximate(flushed(a))));
+  UNARY("ex2.approx.f32", F32, exp2_approximate(a));
+  BINARY("div.full.f32", F32, F32(F64(a) / b * (1 + 0x1p-23 * error_at(a * b))));  // two units in the last place
+  OPERATION("fma.rn.ftz.f32", F32, LIST(F32, F32, F32),
+            [](F32 a, F32 b, F32 c) { return flushed(std::fma(flushed(a), flushed(b), flushed(c))); });
   OPERATION("fma.rm.f32", F32, LIST(F32, F32, F32), fma_down);
 
   // Unsigned inside: what overflows wraps.
@@ -116,11 +139,18 @@ void arithmetic(Table& table) {
     constexpr U32 last = 8 * sizeof(T) - 1;                                         \
     return by <= last ? a >> by : (a < 0 ? T(-1) : T(0));                           \
   })
+  INTEGERS("s16", S16, U32);
+  INTEGERS("u16", U16, U32);
   INTEGERS("s32", S32, U32);
   INTEGERS("u32", U32, U32);
   INTEGERS("s64", S64, U64);
   INTEGERS("u64", U64, U64);
   OPERATION("mul.wide.s32", S64, LIST(S32, S32), [](S32 a, S32 b) { return S64(a) * b; });
+  OPERATION("mad.wide.s32", S64, LIST(S32, S32, S64), [](S32 a, S32 b, S64 c) { return S64(a) * b + c; });
+  OPERATION("mad.wide.u32", U64, LIST(U32, U32, U64), [](U32 a, U32 b, U64 c) { return U64(a) * b + c; });
+  OPERATION("prmt.b32", U32, LIST(U32, U32, U32), permuted);
+  OPERATION("bfe.u32", U32, LIST(U32, U32, U32), extract<U32>);
+  OPERATION("bfe.s32", S32, LIST(S32, U32, U32), extract<S32>);
   OPERATION("mul.wide.u32", U64, LIST(U32, U32), [](U32 a, U32 b) { return U64(a) * b; });
 
 #define BITS(SUFFIX, T)            \
@@ -201,6 +231,23 @@ Then pack(Thread& t, const Instruction& i) {
   return Then::NEXT;
 }
 
+template <class T>
+std::string integer_name() {
+  return (std::is_signed_v<T> ? "s" : "u") + std::to_string(8 * sizeof(T));
+}
+template <class To, class From>
+void integer_conversion(Table& table) {
+  OPERATION("cvt." + integer_name<To>() + "." + integer_name<From>(), To, From, [](From a) { return To(a); });
+}
+template <class To, class... Froms>
+void integer_conversions_to(Table& table) {
+  (integer_conversion<To, Froms>(table), ...);
+}
+template <class... Types>
+void integer_conversions(Table& table, std::tuple<Types...>) {
+  (integer_conversions_to<Types, Types...>(table), ...);
+}
+
 U16 half(F32 a) { return __half_raw(__float2half_rn(a)).x; }
 U16 brain(F32 a) { return __nv_bfloat16_raw(__float2bfloat16_rn(a)).x; }
 
@@ -217,10 +264,8 @@ void moves(Table& table) {
   table["unpack.b32"] = unpack<U16>, table["pack.b32"] = pack<U16>;
 
 #define CONVERT(NAME, TO, FROM, ...) OPERATION("cvt." NAME, TO, FROM, __VA_ARGS__)
-  CONVERT("s64.s32", S64, S32, [](S32 a) { return S64(a); });
-  CONVERT("u64.u32", U64, U32, [](U32 a) { return U64(a); });
-  CONVERT("u32.u64", U32, U64, [](U64 a) { return U32(a); });
-  CONVERT("u16.u32", U16, U32, [](U32 a) { return U16(a); });
+  integer_conversions(table, std::tuple<S16, U16, S32, U32, S64, U64>{});
+  CONVERT("rn.f32.s32", F32, S32, [](S32 a) { return F32(a); });
   CONVERT("f64.f32", F64, F32, [](F32 a) { return F64(a); });
   CONVERT("rn.f32.f64", F32, F64, [](F64 a) { return F32(a); });
   CONVERT("sat.f32.f32", F32, F32, [](F32 a) { return a > 0 ? (a < 1 ? a : 1) : 0; });
@@ -307,7 +352,7 @@ void control(Table& table) {
 }
 
 Table operations() {
-  Table table = hopper_operations();
+  Table table = collective_operations();
   arithmetic(table);
   comparisons(table);
   moves(table);

@@ -34,6 +34,10 @@ struct Program {
   std::map<std::string, int> specials;  // %tid.x and the like: place
   std::vector<char> memory;             // of the parameters, whose addresses are constants
   size_t parameter_bytes = 0;
+  struct Parameter {
+    size_t offset, size;  // bytes
+  };
+  std::vector<Parameter> layout;
   uint32_t static_shared = 0;  // bytes
   int max_threads = 0;         // of a CTA
 

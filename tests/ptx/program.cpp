@@ -202,25 +202,27 @@ class Parser {
   }
 };
 
-// "(.param .align 64 .b8 name[512], .param .u64 name)": buffers one behind the other.
+// ".param .align 64 .b8 name[512], .param .u64 .ptr .global .align 1 name": one behind the other.
 void parameters(const std::string& s, Program& program, Parser& parser) {
-  struct Param {
-    std::string name;
-    size_t offset;
-  };
-  std::vector<Param> all;
+  std::vector<std::string> names;
   size_t end = 0;
   for (const std::string& each : split(s)) {
-    if (each.find(".align") == std::string::npos) fail("a parameter that is not a struct: " + each);
-    const size_t align = std::stoul(each.substr(each.find(".align") + 6)), bracket = each.find('['),
-                 name = each.find_last_of(" \t", bracket) + 1;
+    const size_t bracket = each.find('['), name = each.find_last_of(" \t", bracket) + 1, type = each.find(".u");
+    size_t size, align;
+    if (bracket != std::string::npos) {
+      size = std::stoul(each.substr(bracket + 1)), align = std::stoul(each.substr(each.find(".align") + 6));
+    } else {
+      if (type == std::string::npos) fail("unknown parameter: " + each);
+      size = align = std::stoul(each.substr(type + 2)) / 8;
+    }
     end = (end + align - 1) / align * align;
-    all.push_back({each.substr(name, bracket - name), end});
-    end += std::stoul(each.substr(bracket + 1));
+    names.push_back(each.substr(name, bracket - name));
+    program.layout.push_back({end, size});
+    end += size;
   }
   program.memory.resize(end + 63), program.parameter_bytes = end;
   const uint64_t base = reinterpret_cast<uint64_t>(program.parameters());
-  for (const Param& param : all) parser.symbol(param.name, base + param.offset);
+  for (size_t i = 0; i < names.size(); ++i) parser.symbol(names[i], base + program.layout[i].offset);
 }
 
 }  // namespace
@@ -242,8 +244,10 @@ std::vector<std::unique_ptr<Program>> parse(const std::string& raw) {
     }
     auto program = std::make_unique<Program>();
     program->name = trimmed(text.substr(at + 6, open - at - 6));
-    const size_t threads = text.find(".maxntid", close);
-    if (threads < begin) program->max_threads = std::stoi(text.substr(threads + 8));
+    for (const std::string directive : {".maxntid", ".reqntid"}) {
+      const size_t threads = text.find(directive, close);
+      if (threads < begin) program->max_threads = std::stoi(text.substr(threads + directive.size()));
+    }
     Parser parser(*program, symbols);
     parameters(text.substr(open + 1, close - open - 1), *program, parser);
     parser.body(text.substr(begin + 1, end - begin - 1));

@@ -1,0 +1,65 @@
+"""The Triton kernels as Triton compiles them, on a GPU that is a program (ptx/): sm_80 by mma.sync and cp.async, sm_90 by wgmma and TMA.
+
+float32 is products in full on sm_80, and six of bfloat16 on sm_90. sm_100 and its tcgen05 are compiled (test_compile_budget.py),
+and not run.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+import ptx
+
+from flashcl.contract import LOSSES, REGIMES
+
+pytest.importorskip("triton")
+
+SCRIPT = Path(__file__).with_name("triton_ptx.py")
+RUNS = [(80, "bfloat16"), (80, "float32"), (90, "bfloat16"), (90, "float16"), (90, "float32")]
+
+# As of every backend in bfloat16 (test_contract.py): rows that are copies of each other.
+KNOWN = {"bfloat16": {"sup_con duplicates"}}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    """{run: what its process said, or its errors}. Processes of their own, since this one may interpret."""
+    if isinstance(machine := ptx.machine(), str):
+        pytest.skip(machine)
+    cache = tmp_path_factory.mktemp("triton")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+
+    def run(arguments):
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        return done.stderr[-3000:] if done.returncode else [json.loads(line) for line in done.stdout.splitlines()]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(RUNS, pool.map(run, RUNS)))
+
+
+@pytest.mark.parametrize("arch, dtype", RUNS)
+def test_statistics_and_gradients(ran, arch, dtype):
+    said = ran[arch, dtype]
+    assert isinstance(said, list), said
+    problems = [line for line in said if "problem" in line]
+    assert len(problems) == 9
+    of_gradients = {"bfloat16": 4e-3, "float16": 6e-4, "float32": 2e-6}[dtype]  # of a rounded G
+    for line in problems:
+        for name, error in line["errors"].items():
+            assert error <= (of_gradients if name.endswith((" dx", " dy")) else 1e-6), (line["problem"], name, error)
+
+
+@pytest.mark.parametrize("arch, dtype", RUNS)
+def test_contract(ran, arch, dtype):
+    said = ran[arch, dtype]
+    assert isinstance(said, list), said
+    cases = {line["case"]: line["violations"] for line in said if "case" in line}
+    assert len(cases) == len(LOSSES) * len(REGIMES)
+    assert {case for case, violations in cases.items() if violations} == KNOWN.get(dtype, set()), cases
+    assert len(said[-1]["kernels"]) == 5  # all of triton_kernels/ has run
