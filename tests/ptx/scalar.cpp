@@ -361,11 +361,17 @@ Table operations() {
   return table;
 }
 
+// Shared memory is that of the CTA, whether PTX says so ("shared::cta") or not.
+std::string without_cta(std::string operation) {
+  for (size_t at; (at = operation.find("::cta")) != std::string::npos;) operation.erase(at, 5);
+  return operation;
+}
+
 }  // namespace
 
 Handler handler(const std::string& operation) {
   static const Table table = operations();
-  const auto found = table.find(operation);
+  const auto found = table.find(without_cta(operation));
   if (found == table.end()) throw std::runtime_error("ptx: unknown operation: " + operation);
   return found->second;
 }
