@@ -58,7 +58,7 @@ def test_any_order_gives_the_same_bits(run, program, triangular, shape):
     first = run(p)
     for seed in range(1, 7):
         for name, v in run(p, seed, clusters=1 + seed % 3).items():
-            assert torch.equal(v.nan_to_num(), first[name].nan_to_num()), f"{name}, seed {seed}"
+            assert torch.equal(v, first[name]), f"{name}, seed {seed}"  # every line has pairs: no NaN
 
 
 NOTHING = "prefetch.tensormap"  # takes any operands and has no effect here
@@ -73,8 +73,8 @@ FAULTS = {
     "products are not awaited": ("wgmma.wait_group.sync.aligned 0;", ";", "an accumulator changed"),
     "stages are given back under a product": ("wgmma.wait_group.sync.aligned 1;", "wgmma.wait_group.sync.aligned 5;", OTHER_RESULTS),
     "stages are never given back": ("mbarrier.arrive.shared::cluster.b64", NOTHING, "nothing moves"),
-    # setp.ne P, base, offset, parity: true
-    "stages are not awaited": ("mbarrier.try_wait.parity.shared::cta.b64", "setp.ne.s32", "more arrivals"),
+    "stages are not awaited": ("@P1 bra DONE;", "bra DONE;", "more arrivals"),
+    "registers are not fenced": ("wgmma.fence.sync.aligned;", ";", "no wgmma.fence"),
     "more registers than there are": ("setmaxnreg.inc.sync.aligned.u32 240", "setmaxnreg.inc.sync.aligned.u32 248", "nothing moves"),
     # Bits 32 to 45: from eight rows to the next, in 16 bytes.
     "operands described with another stride": (str(1 << 62 | 64 << 32 | 1 << 16), str(1 << 62 | 63 << 32 | 1 << 16), OTHER_RESULTS),

@@ -1,7 +1,6 @@
 """The Triton kernels as Triton compiles them, on a GPU that is a program (ptx/): sm_80 by mma.sync and cp.async, sm_90 by wgmma and TMA.
 
-float32 is products in full on sm_80, and six of bfloat16 on sm_90. sm_100 and its tcgen05 are compiled (test_compile_budget.py),
-and not run.
+sm_100 and its tcgen05 are compiled (test_compile_budget.py), and not run.
 """
 
 import json

@@ -179,8 +179,9 @@ def grad_kernel(
     if SIGMOID:
         w = tl.load(row.weight + n)
         e = tl.exp(-tl.abs(s))
-        g = w[:, None] * (tl.where(s >= 0, 1.0, e) / (1.0 + e))
         tl.store(sums.softplus + row_at, w * tl.sum(tl.maximum(s, 0.0) + log1p(e), 1))
+        e = e / (1.0 + e)  # sigmoid(-|s|). A quotient may be off by two units in the last place: 1 - e hides that
+        g = w[:, None] * tl.where(s >= 0, 1.0 - e, e)
     else:
         positive = POSITIVE(rows, cols) if POSITIVE is not None else None
         if TRIANGULAR:

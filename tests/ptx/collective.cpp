@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <stdexcept>
 
 #include "machine.h"
@@ -149,10 +150,10 @@ Then extreme(Thread& t, const Instruction& i) {
 
 template <bool MORE>
 Then set_registers(Thread& t, const Instruction& i) {
-  const int wanted = t.get<int>(i.args[0]), more = wanted - t.warp_registers;
+  const int wanted = t.get<int>(i.args[0]), more = wanted - t.held_registers;
   if ((more > 0) != MORE) fail("registers in the wrong direction", i);
   if (more > t.cta->spare_registers) return Then::WAITS;
-  t.cta->spare_registers -= more, t.warp_registers = wanted, ++t.cta->cluster->progress;
+  t.cta->spare_registers -= more, t.held_registers = wanted, ++t.cta->cluster->progress;
   return Then::NEXT;
 }
 
@@ -183,9 +184,13 @@ Then cluster_wait(Thread& t, const Instruction&) {
   return t.cta->cluster->phase >= t.cluster_phase ? Then::NEXT : Then::WAITS;
 }
 
+constexpr uint64_t MBARRIER = 0x7265697272616220;  // lies where an mbarrier does: nothing else may be written there
+
 MBarrier& mbarrier(Cta& cta, uint32_t address) {
-  const auto found = cta.mbarriers.find(address & 0xffffff);
-  if (found == cta.mbarriers.end()) throw std::runtime_error("no mbarrier at " + std::to_string(address & 0xffffff));
+  address &= 0xffffff;
+  const auto found = cta.mbarriers.find(address);
+  if (found == cta.mbarriers.end()) throw std::runtime_error("no mbarrier at " + std::to_string(address));
+  if (std::memcmp(cta.at(address, 8), &MBARRIER, 8) != 0) throw std::runtime_error("an mbarrier was written over");
   return found->second;
 }
 
@@ -196,7 +201,8 @@ void settle(Cta& cta, MBarrier& b) {
 
 Then mbarrier_init(Thread& t, const Instruction& i) {
   const uint32_t at = uint32_t(address(t, i, 0));
-  t.cta->at(at, 8);
+  if (at % 8) fail("misaligned", i);
+  std::memcpy(t.cta->at(at, 8), &MBARRIER, 8);
   const int expected = t.get<int>(i.args[2]);
   t.cta->mbarriers[at] = {expected, expected};
   return Then::NEXT;
@@ -263,6 +269,16 @@ std::array<int, 5> coordinates(Thread& t, const Instruction& i, int operand, con
   return out;
 }
 
+// Shared memory as the copy engine and wgmma read it: what threads have written is there only behind a fence.
+const char* fenced(Cta& cta, uint32_t address, uint32_t bytes) {
+  const char* place = cta.at(address, bytes);
+  const int* writer = &cta.unfenced[address - SHARED_BASE];
+  for (uint32_t byte = 0; byte < bytes; ++byte)
+    if (writer[byte])
+      throw std::runtime_error("what thread " + std::to_string(writer[byte] - 1) + " wrote is read without a fence");
+  return place;
+}
+
 void fill(Cta& cta, const TensorMap& map, const std::array<int, 5>& at, uint32_t to) {
   if (cta.running == 0) throw std::runtime_error("a copy comes to a CTA that has left");
   over_box(map, at, to, [&](const char* from, uint32_t here) {
@@ -273,24 +289,21 @@ void fill(Cta& cta, const TensorMap& map, const std::array<int, 5>& at, uint32_t
 
 void drain(Cta& cta, const TensorMap& map, const std::array<int, 5>& at, uint32_t from) {
   over_box(map, at, from, [&](char* place, uint32_t here) {
-    const int* writer = &cta.unfenced[here - SHARED_BASE];
-    for (uint32_t byte = 0; byte < map.element_bytes; ++byte)
-      if (writer[byte])
-        throw std::runtime_error("the copy engine reads what thread " + std::to_string(writer[byte] - 1) +
-                                 " wrote without a fence");
-    if (place) std::copy_n(cta.at(here, map.element_bytes), map.element_bytes, place);
+    const char* value = fenced(cta, here, map.element_bytes);
+    if (place) std::copy_n(value, map.element_bytes, place);
   });
 }
 
-// [shared], [map, {...}], [mbarrier], mask of CTAs, cache policy
-template <int RANK>
+// [shared], [map, {...}], [mbarrier], and where it goes to several CTAs: their mask, a cache policy
+template <int RANK, bool MULTICAST>
 Then copy_in(Thread& t, const Instruction& i) {
   const uint32_t to = uint32_t(address(t, i, 0)) & 0xffffff, barrier = uint32_t(address(t, i, 4 + RANK)) & 0xffffff;
   const TensorMap& map = tensor_map(t, i, 2);
   const auto at = coordinates<RANK>(t, i, 4, map);
-  const uint32_t ctas = t.get<uint16_t>(i.args[6 + RANK]);
-  if (to % 128) fail("misaligned", i);
+  const uint32_t ctas = MULTICAST ? t.get<uint16_t>(i.args[6 + RANK]) : 1u << t.cta->rank;
   Cluster& c = *t.cta->cluster;
+  if (to % 128) fail("misaligned", i);
+  if (ctas >> c.ctas.size()) fail("to a CTA that is not there", i);
   c.start_copy([=, &c, &map] {
     for (size_t rank = 0; rank < c.ctas.size(); ++rank) {
       if (!(ctas >> rank & 1)) continue;
@@ -304,32 +317,19 @@ Then copy_in(Thread& t, const Instruction& i) {
   return Then::NEXT;
 }
 
-// [shared], [map, {...}], [mbarrier]
-template <int RANK>
-Then copy_in_alone(Thread& t, const Instruction& i) {
-  const uint32_t to = uint32_t(address(t, i, 0)), barrier = uint32_t(address(t, i, 4 + RANK));
-  const TensorMap& map = tensor_map(t, i, 2);
-  const auto at = coordinates<RANK>(t, i, 4, map);
-  if (to % 128) fail("misaligned", i);
-  Cta& cta = *t.cta;
-  cta.cluster->start_copy([=, &cta, &map] {
-    fill(cta, map, at, to);
-    MBarrier& b = mbarrier(cta, barrier);
-    b.bytes -= bytes_of_box(map);
-    settle(cta, b);
-  });
-  return Then::NEXT;
-}
-
 // cp.async [shared], [global], bytes, bytes that are there: the rest becomes zeros
 Then copy_some(Thread& t, const Instruction& i) {
   const uint32_t to = uint32_t(address(t, i, 0)), bytes = t.get<uint32_t>(i.args[4]),
                  there = i.args.size() > 5 ? t.get<uint32_t>(i.args[5]) : bytes;
   const char* from = reinterpret_cast<const char*>(address(t, i, 2));
   if (to % bytes || (there && reinterpret_cast<uint64_t>(from) % bytes)) fail("misaligned", i);
+  if (there > bytes) fail("more than there is room for", i);
   Cta& cta = *t.cta;
-  t.loads.back().push_back(cta.cluster->start_copy(
-      [=, &cta] { std::fill(std::copy_n(from, there, cta.at(to, bytes)), cta.at(to, bytes) + bytes, char(0)); }));
+  const int tid = t.tid;
+  t.loads.back().push_back(cta.cluster->start_copy([=, &cta] {
+    std::fill(std::copy_n(from, there, cta.at(to, bytes)), cta.at(to, bytes) + bytes, char(0));
+    cta.wrote(tid, to - SHARED_BASE, bytes);
+  }));
   return Then::NEXT;
 }
 
@@ -379,7 +379,7 @@ float towards_zero(double x) {
 }
 
 // Of a 16 x 16 operand lane 4 r + q holds rows r and r + 8, each at k = 2 q, 2 q + 1 and 8 further, in four registers.
-void unpack(int lane, const uint32_t* registers, bool half, double (&to)[16][16]) {
+void spread(int lane, const uint32_t* registers, bool half, double (&to)[16][16]) {
   for (int part = 0; part < 4; ++part)
     for (int e = 0; e < 2; ++e)
       to[lane / 4 + part % 2 * 8][lane % 4 * 2 + part / 2 * 8 + e] = to_float(registers[part] >> 16 * e & 0xffff, half);
@@ -394,7 +394,7 @@ Then multiply_16_8(Thread& t, const Instruction& i) {
   for (Thread* lane : t.warp->threads) {
     uint32_t registers[4];
     for (int part = 0; part < 4; ++part) registers[part] = lane->get<uint32_t>(i.args[4 + part]);
-    unpack(lane->lane, registers, HALF, a);
+    spread(lane->lane, registers, HALF, a);
     for (int part = 0; part < 2; ++part)
       for (int e = 0; e < 2; ++e)
         b[lane->lane % 4 * 2 + part * 8 + e][lane->lane / 4] =
@@ -426,7 +426,7 @@ Then multiply(Thread& t, const Instruction& i) {
   const int* b = a + (in_registers(i) ? 4 : 1);
   for (const int* k = b + 2; k != &i.args.back() + 1; ++k)
     if (t.get<int>(*k) != (k < b + 4)) fail("signs or transposes", i);
-  const Product product{&i, in_registers(i) ? 0 : t.get<uint64_t>(*a), t.get<uint64_t>(*b), t.get<bool>(b[1]), {}};
+  const Product product{&i, in_registers(i) ? 0 : t.get<uint64_t>(*a), t.get<uint64_t>(*b), t.get<bool>(b[1])};
   if (!together(t, ALL)) return Then::WAITS;
   Warp& warp = *t.warp;
   for (Thread* lane : warp.threads)
@@ -435,6 +435,7 @@ Then multiply(Thread& t, const Instruction& i) {
       fail("lanes that disagree", i);
   for (int r = 0; r < accumulators(i); ++r) {
     auto [flying, fresh] = warp.flying.try_emplace(i.args[r]);
+    if ((fresh || in_registers(i)) && !warp.fenced) fail("no wgmma.fence before", i);
     for (Thread* lane : warp.threads) {
       if ((lane->get<uint32_t>(i.args[r]) == IN_FLIGHT) == fresh)
         fail("an accumulator changed while its product was under way", i);
@@ -448,16 +449,13 @@ Then multiply(Thread& t, const Instruction& i) {
   if (shared.at != product.at || shared.a != product.a || shared.b != product.b ||
       shared.accumulate != product.accumulate)
     fail("warps that disagree", i);
-  for (Thread* lane : warp.threads)
-    for (int part = 0; in_registers(i) && part < 4; ++part)
-      shared.registers[warp.index % 4][lane->lane][part] = lane->get<uint32_t>(a[part]);
   ++shared.issued;
   return Then::JUMPED;
 }
 
 Then commit(Thread& t, const Instruction& i) {
   return collective(t, i, ALL, [](Thread& lane) {
-    if (lane.lane == 0) lane.warp->commits.push_back(lane.warp->issued);
+    if (lane.lane == 0) lane.warp->commits.push_back(lane.warp->issued), lane.warp->fenced = false;
   });
 }
 
@@ -479,8 +477,10 @@ Then products_wait(Thread& t, const Instruction& i) {
   return collective(t, i, ALL, [&](Thread& lane) {
     if (lane.lane != 0) return;
     auto& commits = lane.warp->commits;
+    if (commits.size() <= may_fly) return;
+    const size_t last = commits[commits.size() - may_fly - 1];
     while (commits.size() > may_fly) commits.pop_front();
-    if (commits.empty() && group.executed == lane.warp->issued) land(*lane.warp, i);
+    if (last == lane.warp->issued) land(*lane.warp, i);
   });
 }
 
@@ -490,7 +490,8 @@ float element(Cta& cta, uint64_t descriptor, int row, int k, bool half) {
   const uint32_t period = 256u >> (descriptor >> 62);  // 128, 64 or 32 bytes: the length of a row
   if (period == 256 || (descriptor >> 49 & 7)) throw std::runtime_error("wgmma: not swizzled");
   uint16_t bits;
-  __builtin_memcpy(&bits, cta.at(swizzled(start + row / 8 * eight_rows + row % 8 * period + 2 * k, period), 2), 2);
+  const uint32_t at = swizzled(start + row / 8 * eight_rows + row % 8 * period + 2 * k, period);
+  __builtin_memcpy(&bits, fenced(cta, at, 2), 2);
   return to_float(bits, half);
 }
 
@@ -502,9 +503,14 @@ void Warpgroup::execute() {
   const int columns = 2 * accumulators(*product.at);
   Cta& cta = *warps[0]->cta;
   double a[4][16][DEPTH], b[DEPTH][MOST_COLUMNS], sums[ROWS][MOST_COLUMNS] = {};
-  for (int warp = 0; warp < 4; ++warp)
-    for (int lane = 0; in_registers(*product.at) && lane < 32; ++lane)
-      unpack(lane, product.registers[warp][lane], half, a[warp]);
+  for (const Warp* warp : warps)
+    for (const Thread* lane : warp->threads) {
+      if (!in_registers(*product.at)) break;
+      uint32_t registers[4];
+      for (int part = 0; part < 4; ++part)
+        registers[part] = lane->get<uint32_t>(product.at->args[accumulators(*product.at) + part]);
+      spread(lane->lane, registers, half, a[warp->index % 4]);
+    }
   for (int k = 0; k < DEPTH; ++k) {
     for (int row = 0; !in_registers(*product.at) && row < ROWS; ++row)
       a[row / 16][row % 16][k] = element(cta, product.a, row, k, half);
@@ -529,7 +535,7 @@ std::map<std::string, Handler> collective_operations() {
   return {
       {"shfl.sync.bfly.b32",
        [](Thread& t, const Instruction& i) {
-         return shuffle(t, i, [](uint32_t lane, uint32_t b, uint32_t) { return lane ^ b; });
+         return shuffle(t, i, [](uint32_t lane, uint32_t b, uint32_t) { return lane ^ (b & 31); });
        }},
       {"shfl.sync.idx.b32",
        [](Thread& t, const Instruction& i) {
@@ -564,12 +570,12 @@ std::map<std::string, Handler> collective_operations() {
        }},
       {"mbarrier.try_wait.parity.shared.b64", mbarrier_wait},
       {"cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint",
-       copy_in<3>},
+       copy_in<3, true>},
       {"cp.async.bulk.tensor.2d.global.shared.bulk_group", copy_out<2>},
       {"cp.async.bulk.commit_group", [](Thread& t, const Instruction&) { return t.stores.emplace_back(), Then::NEXT; }},
       {"cp.async.bulk.wait_group.read", copies_wait<&Thread::stores>},
-      {"cp.async.bulk.tensor.2d.shared.global.mbarrier::complete_tx::bytes", copy_in_alone<2>},
-      {"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes", copy_in_alone<2>},
+      {"cp.async.bulk.tensor.2d.shared.global.mbarrier::complete_tx::bytes", copy_in<2, false>},
+      {"cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes", copy_in<2, false>},
       {"cp.async.cg.shared.global", copy_some},
       {"cp.async.commit_group", [](Thread& t, const Instruction&) { return t.loads.emplace_back(), Then::NEXT; }},
       {"cp.async.wait_group", copies_wait<&Thread::loads>},
@@ -590,7 +596,7 @@ std::map<std::string, Handler> collective_operations() {
       {wgmma + "n128k16.f32.bf16.bf16", multiply},
       {wgmma + "n64k16.f32.f16.f16", multiply},
       {wgmma + "n128k16.f32.f16.f16", multiply},
-      {"wgmma.fence.sync.aligned", nothing},
+      {"wgmma.fence.sync.aligned", [](Thread& t, const Instruction&) { return t.warp->fenced = true, Then::NEXT; }},
       {"wgmma.commit_group.sync.aligned", commit},
       {"wgmma.wait_group.sync.aligned", products_wait},
   };

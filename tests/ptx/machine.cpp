@@ -71,7 +71,7 @@ void populate(Cluster& c, Dim first, size_t dynamic_shared) {
       t.registers.reset(static_cast<uint64_t*>(std::calloc(c.program->registers, sizeof(uint64_t))));
       t.constants = c.program->constants.data();
       t.warp = c.warps.back().get(), t.cta = cta.get(), t.tid = tid, t.lane = tid % 32;
-      t.warp_registers = 65536 / count(c.threads) / 8 * 8;
+      t.held_registers = 65536 / count(c.threads) / 8 * 8;
       t.warp->threads.push_back(&t);
       for (const auto& [name, place] : c.program->specials) t.set<uint32_t>(place, special(name, t));
     }
@@ -84,6 +84,8 @@ void leave(Thread& t) {
   t.done = true;
   Cluster& c = *t.cta->cluster;
   --c.running, --t.cta->running, ++c.progress;
+  if (t.cluster_phase > c.phase) --c.arrived;
+  if (c.running > 0 && c.arrived == c.running) c.arrived = 0, ++c.phase;
   for (const auto& group : t.stores)
     for (int number : group)
       for (const Copy& copy : c.copies)
@@ -150,9 +152,11 @@ void run(Cluster& c) {
   for (int idle = 0; c.running > 0;) {
     std::shuffle(order.begin(), order.end(), c.random);
     for (int w : order) {
-      const int steps = 1 + c.random() % longest;
-      for (Thread* t : c.warps[w]->threads)
-        if (!t->waits && !t->done) run(*t, steps);
+      const auto& lanes = c.warps[w]->threads;
+      for (size_t k = 0, first = c.random(); k < lanes.size(); ++k) {
+        Thread& t = *lanes[(k * 5 + first) % lanes.size()];  // 5: for neighbours not to come one after the other
+        if (!t.waits && !t.done) run(t, 1 + c.random() % longest);
+      }
     }
     background(c, often);
     idle = c.progress == last ? idle + 1 : 0;
@@ -169,16 +173,20 @@ void launch(const Program& program, Dim grid, Dim cluster, Dim threads, size_t d
   if (grid.x % cluster.x || grid.y % cluster.y || grid.z % cluster.z)
     throw std::runtime_error("clusters do not fill the grid");
   if (program.static_shared + dynamic_shared > 227 * 1024) throw std::runtime_error("too much shared memory");
+  if (program.static_shared && dynamic_shared) throw std::runtime_error("static and dynamic shared memory");
   std::mt19937 random(seed);
+  std::vector<Dim> first;  // CTAs of the clusters
   for (int z = 0; z < grid.z; z += cluster.z)
     for (int y = 0; y < grid.y; y += cluster.y)
-      for (int x = 0; x < grid.x; x += cluster.x) {
-        Cluster c;
-        c.program = &program, c.grid = grid, c.cluster = cluster, c.threads = threads;
-        c.random.seed(random());
-        populate(c, {x, y, z}, dynamic_shared);
-        run(c);
-      }
+      for (int x = 0; x < grid.x; x += cluster.x) first.push_back({x, y, z});
+  std::shuffle(first.begin(), first.end(), random);
+  for (Dim each : first) {
+    Cluster c;
+    c.program = &program, c.grid = grid, c.cluster = cluster, c.threads = threads;
+    c.random.seed(random());
+    populate(c, each, dynamic_shared);
+    run(c);
+  }
 }
 
 }  // namespace ptx

@@ -3,6 +3,8 @@
 //
 // Whatever a GPU may do in any order is done in an order drawn from a seed: which warp runs and for how long, when a
 // copy arrives, when a product reads its operands. What a GPU forbids and lets pass throws std::runtime_error here.
+// Memory itself is in order: what a thread wrote all others see, but for the copy engine and wgmma, which ask for a
+// fence.
 #pragma once
 
 #include <array>
@@ -48,7 +50,7 @@ struct Thread {
   bool waits = false;  // in a rendezvous, from which another thread frees it
   bool done = false;
   int cluster_phase = 0;
-  int warp_registers = 0;  // of setmaxnreg
+  int held_registers = 0;  // of setmaxnreg
   // Groups of copies, the last one still open: their numbers.
   std::vector<std::vector<int>> stores{1};  // from shared to global memory by the copy engine
   std::vector<std::vector<int>> loads{1};   // of cp.async
@@ -72,8 +74,7 @@ struct Product {
   const Instruction* at;
   uint64_t a, b;  // descriptors
   bool accumulate;
-  uint32_t registers[4][32][4];  // a of every warp and lane, where no descriptor tells of it
-  int issued = 0;                // by how many of the warps
+  int issued = 0;  // by how many of the warps
 };
 
 struct Warpgroup {
@@ -91,6 +92,7 @@ struct Warp {
   int index;
   std::vector<Thread*> threads;
   size_t issued = 0;           // products
+  bool fenced = false;         // since the last commit: registers may be handed to a product
   std::deque<size_t> commits;  // how many were issued at each commit that is not awaited yet
   // Accumulators of products that are not awaited, by register and lane. What reads the registers meanwhile reads NaN.
   std::unordered_map<int, std::array<float, 32>> flying;

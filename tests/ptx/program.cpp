@@ -151,11 +151,8 @@ class Parser {
       if (starts_with(operation, "mov.") && operands.at(0)[0] == '{') operation = "unpack" + operation.substr(3);
       if (starts_with(operation, "mov.") && operands.at(1)[0] == '{') operation = "pack" + operation.substr(3);
     }
-    try {
-      out.run = handler(operation);
-    } catch (const std::runtime_error&) {
-      fail("unknown operation: " + s.substr(0, 200));
-    }
+    out.run = handler(operation);
+    if (!out.run) fail("unknown operation: " + s.substr(0, 200));
     p_.code.push_back(std::move(out));
   }
 

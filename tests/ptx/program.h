@@ -52,7 +52,7 @@ constexpr uint32_t SHARED_BASE = 1024;
 // All kernels of a module. Throws std::runtime_error where it holds something unknown.
 std::vector<std::unique_ptr<Program>> parse(const std::string& text);
 
-// What runs an operation, as PTX spells it ("add.f32"). Throws std::runtime_error on an unknown one.
+// What runs an operation, as PTX spells it ("add.f32"). Null if nothing does.
 Handler handler(const std::string& operation);
 
 }  // namespace ptx

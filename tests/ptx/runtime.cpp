@@ -18,8 +18,9 @@ struct State {
   std::vector<std::string> modules, originals;                    // PTX
   std::map<std::string, std::unique_ptr<ptx::Program>> programs;  // by name; none: the modules are to be read
   std::string message = "no error";
-  unsigned seed = 0;
-  int clusters = 1;  // that fit the device
+  std::map<const void*, int> shared_limits;  // bytes, of kernels that asked for more than 48 KiB
+  unsigned seed = 0;                         // of the next launch
+  int clusters = 1;                          // that fit the device
 };
 State& state() {
   static State it;
@@ -56,7 +57,19 @@ uint32_t period(CUtensorMapSwizzle swizzle) {
                                                 : 0;
 }
 
-// Asks what the manual of cuTensorMapEncodeTiled asks, of the tensors that there are here.
+// As the manual of cuTensorMapEncodeTiled asks.
+void check(const ptx::TensorMap& map) {
+  require(map.address % 16 == 0, "tensor map: misaligned");
+  require(map.rank >= 1 && map.rank <= 5, "tensor map: rank");
+  for (uint32_t d = 0; d < map.rank; ++d) {
+    require(map.dim[d] > 0 && map.dim[d] <= uint64_t(1) << 32, "tensor map: size");
+    require(map.box[d] > 0 && map.box[d] <= 256, "tensor map: box");
+  }
+  for (uint32_t d = 0; d + 1 < map.rank; ++d)
+    require(map.stride[d] % 16 == 0 && map.stride[d] >= 0 && map.stride[d] < int64_t(1) << 40, "tensor map: stride");
+  require(map.swizzle && map.box[0] * map.element_bytes == map.swizzle, "tensor map: a row of the box is no period");
+}
+
 CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, void* address, const cuuint64_t* dim,
                 const cuuint64_t* stride, const cuuint32_t* box, const cuuint32_t* element_stride,
                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle, CUtensorMapL2promotion,
@@ -70,21 +83,15 @@ CUresult encode(CUtensorMap* out, CUtensorMapDataType type, cuuint32_t rank, voi
             "tensor map: not of 16 bits");
     require(interleave == CU_TENSOR_MAP_INTERLEAVE_NONE && fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
             "tensor map: interleaved, or not filled with zeros");
-    require(reinterpret_cast<uint64_t>(out) % 64 == 0 && reinterpret_cast<uint64_t>(address) % 16 == 0,
-            "tensor map: misaligned");
-    require(rank >= 1 && rank <= 5, "tensor map: rank");
+    require(reinterpret_cast<uint64_t>(out) % 64 == 0, "tensor map: misaligned itself");
     map.magic = ptx::TensorMap::MAGIC, map.address = reinterpret_cast<uint64_t>(address);
     map.rank = rank, map.element_bytes = 2, map.swizzle = period(swizzle);
     for (cuuint32_t d = 0; d < rank; ++d) {
-      require(dim[d] > 0 && dim[d] <= uint64_t(1) << 32, "tensor map: size");
-      require(box[d] > 0 && box[d] <= 256 && element_stride[d] == 1, "tensor map: box");
+      require(element_stride[d] == 1, "tensor map: element stride");
       map.dim[d] = dim[d], map.box[d] = box[d];
     }
-    for (cuuint32_t d = 0; d + 1 < rank; ++d) {
-      require(stride[d] % 16 == 0 && stride[d] < uint64_t(1) << 40, "tensor map: stride");
-      map.stride[d] = int64_t(stride[d]);
-    }
-    require(map.swizzle && box[0] * map.element_bytes == map.swizzle, "tensor map: a row of the box is no period");
+    std::copy_n(stride, rank - 1, map.stride);
+    check(map);
     std::memcpy(out, &map, sizeof(map));
   });
   return error ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
@@ -123,13 +130,13 @@ void machine_restore() { state().modules = state().originals, state().programs.c
 
 const char* machine_message() { return state().message.c_str(); }
 
-// Launches a kernel of a PTX text. params are addresses of its first parameters, the others are zero. 0, or there is a
-// message.
+// Launches a kernel of a PTX text. params are addresses of its first parameters, which have `sizes` bytes, the others
+// are zero. 0, or there is a message.
 int machine_launch(const char* text, const char* name, const int* grid, int threads, size_t shared,
-                   const void* const* params, size_t given) {
-  static std::map<std::string, std::unique_ptr<ptx::Program>> known;  // by text
+                   const void* const* params, const size_t* sizes, size_t given) {
+  static std::map<std::string, std::unique_ptr<ptx::Program>> known;  // by name and text
   return guarded([&] {
-    auto& p = known[text];
+    auto& p = known[std::string(name) + text];
     if (!p)
       for (auto& each : ptx::parse(text))
         if (each->name == name) p = std::move(each);
@@ -137,19 +144,25 @@ int machine_launch(const char* text, const char* name, const int* grid, int thre
     require(given <= p->layout.size(), "too many parameters");
     char* to = static_cast<char*>(p->parameters());
     std::fill_n(to, p->parameter_bytes, char(0));
-    for (size_t i = 0; i < given; ++i) std::memcpy(to + p->layout[i].offset, params[i], p->layout[i].size);
-    ptx::launch(*p, {grid[0], grid[1], grid[2]}, {1, 1, 1}, {threads, 1, 1}, shared, state().seed);
+    for (size_t i = 0; i < given; ++i) {
+      require(sizes[i] == p->layout[i].size, "a parameter of another size");
+      std::memcpy(to + p->layout[i].offset, params[i], sizes[i]);
+    }
+    ptx::launch(*p, {grid[0], grid[1], grid[2]}, {1, 1, 1}, {threads, 1, 1}, shared, state().seed++);
   });
 }
 
 // A tensor map of 128 bytes; dimensions and strides (in bytes, without the first) come with the contiguous one first.
-void machine_tensor_map(void* out, void* address, int rank, int element_bytes, int period, const uint32_t* box,
-                        const uint64_t* dim, const int64_t* stride) {
-  ptx::TensorMap map{};
-  map.magic = ptx::TensorMap::MAGIC, map.address = reinterpret_cast<uint64_t>(address);
-  map.rank = rank, map.element_bytes = element_bytes, map.swizzle = period;
-  std::copy_n(box, rank, map.box), std::copy_n(dim, rank, map.dim), std::copy_n(stride, rank - 1, map.stride);
-  std::memset(out, 0, 128), std::memcpy(out, &map, sizeof(map));
+int machine_tensor_map(void* out, void* address, int rank, int element_bytes, int period, const uint32_t* box,
+                       const uint64_t* dim, const int64_t* stride) {
+  return guarded([&] {
+    ptx::TensorMap map{};
+    map.magic = ptx::TensorMap::MAGIC, map.address = reinterpret_cast<uint64_t>(address);
+    map.rank = rank, map.element_bytes = element_bytes, map.swizzle = period;
+    std::copy_n(box, rank, map.box), std::copy_n(dim, rank, map.dim), std::copy_n(stride, rank - 1, map.stride);
+    check(map);
+    std::memset(out, 0, 128), std::memcpy(out, &map, sizeof(map));
+  });
 }
 
 // ---- what nvcc's code calls when the library is loaded ----
@@ -194,10 +207,14 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void**, size_t, cudaStr
 // ---- the runtime ----
 
 cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+// A device for each number of clusters: callers may remember what fits a device.
+cudaError_t cudaGetDevice(int* device) { return *device = state().clusters, cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t error) { return error ? state().message.c_str() : "no error"; }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) state().shared_limits[kernel] = value;
+  return cudaSuccess;
+}
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t*) {
   return *clusters = state().clusters, cudaSuccess;
 }
@@ -211,9 +228,12 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** args) {
   return guarded([&] {
     ptx::Program& p = program(kernel);
+    const auto limit = state().shared_limits.find(kernel);
+    require(config->dynamicSmemBytes <= size_t(limit == state().shared_limits.end() ? 48 * 1024 : limit->second),
+            "more shared memory than the kernel has asked for");
     std::memcpy(p.parameters(), args[0], p.parameter_bytes);
     ptx::launch(p, extent(config->gridDim), cluster_of(*config), extent(config->blockDim), config->dynamicSmemBytes,
-                state().seed);
+                state().seed++);
   });
 }
 

@@ -30,6 +30,7 @@ using Table = std::map<std::string, Handler>;
 // d = op(a, b, ...) with operands and result of these types.
 template <class Result, class... Operands, class Op, size_t... I>
 Then apply(Thread& t, const Instruction& i, Op op, std::index_sequence<I...>) {
+  if (i.args.size() != 1 + sizeof...(I)) throw std::runtime_error("not so many operands: " + i.text);
   t.set<Result>(i.args[0], static_cast<Result>(op(t.get<Operands>(i.args[I + 1])...)));
   return Then::NEXT;
 }
@@ -98,9 +99,11 @@ U32 permuted(U32 a, U32 b, U32 which) {
 // `length` bits of a from `at` on.
 template <class T>
 T extract(T a, U32 at, U32 length) {
+  at &= 255, length &= 255;
   if (length == 0) return 0;
+  if (at > 31) return a < 0 ? T(-1) : T(0);
   const U32 top = std::min(31u, at + length - 1);
-  return at > 31 ? 0 : T(U32(a) << (31 - top)) >> (31 - top + at);
+  return T(U32(a) << (31 - top)) >> (31 - top + at);
 }
 
 void arithmetic(Table& table) {
@@ -118,7 +121,7 @@ void arithmetic(Table& table) {
   FLOATS("f64", F64);
   UNARY("ex2.approx.ftz.f32", F32, flushed(exp2_approximate(flushed(a))));
   UNARY("ex2.approx.f32", F32, exp2_approximate(a));
-  BINARY("div.full.f32", F32, F32(F64(a) / b * (1 + 0x1p-23 * error_at(a * b))));  // two units in the last place
+  BINARY("div.full.f32", F32, F32(F64(a) / b * (1 + 0x1p-22 * error_at(a * b))));  // two units in the last place
   OPERATION("fma.rn.ftz.f32", F32, LIST(F32, F32, F32),
             [](F32 a, F32 b, F32 c) { return flushed(std::fma(flushed(a), flushed(b), flushed(c))); });
   OPERATION("fma.rm.f32", F32, LIST(F32, F32, F32), fma_down);
@@ -167,6 +170,8 @@ void arithmetic(Table& table) {
   BINARY("xor.pred", Pred, a != b);
   UNARY("not.pred", Pred, !a);
   OPERATION("bfi.b32", U32, LIST(U32, U32, U32, U32), [](U32 a, U32 b, U32 at, U32 length) {
+    at &= 255, length &= 255;
+    if (at > 31) return b;
     const U32 mask = (length < 32 ? (1u << length) - 1 : ~0u) << at;
     return (b & ~mask) | (a << at & mask);
   });
@@ -219,12 +224,14 @@ void typed_moves(Table& table, const std::string& suffix) {
 // {d, e, ...} = a, of Part each; or the other way round.
 template <class Part>
 Then unpack(Thread& t, const Instruction& i) {
+  if (i.args.size() != 3) throw std::runtime_error("not two halves: " + i.text);
   const U64 from = t.get<U64>(i.args.back());
   for (size_t k = 0; k + 1 < i.args.size(); ++k) t.set<Part>(i.args[k], Part(from >> 8 * sizeof(Part) * k));
   return Then::NEXT;
 }
 template <class Part>
 Then pack(Thread& t, const Instruction& i) {
+  if (i.args.size() != 3) throw std::runtime_error("not two halves: " + i.text);
   U64 to = 0;
   for (size_t k = 1; k < i.args.size(); ++k) to |= U64(t.get<Part>(i.args[k])) << 8 * sizeof(Part) * (k - 1);
   t.set<U64>(i.args[0], to);
@@ -285,6 +292,8 @@ template <bool SHARED>
 char* address(Thread& t, const Instruction& i, int operand, size_t bytes) {
   const U64 at = t.get<U64>(i.args[operand]) + t.get<U64>(i.args[operand + 1]);
   if (at % bytes) throw std::runtime_error("misaligned: " + i.text);
+  if (!SHARED && at - reinterpret_cast<U64>(t.cta->memory.get()) < t.cta->bytes)
+    throw std::runtime_error("shared memory by a generic address: " + i.text);
   return SHARED ? t.cta->at(U32(at), bytes) : reinterpret_cast<char*>(at);
 }
 
@@ -372,8 +381,7 @@ std::string without_cta(std::string operation) {
 Handler handler(const std::string& operation) {
   static const Table table = operations();
   const auto found = table.find(without_cta(operation));
-  if (found == table.end()) throw std::runtime_error("ptx: unknown operation: " + operation);
-  return found->second;
+  return found == table.end() ? nullptr : found->second;
 }
 
 }  // namespace ptx
