@@ -9,12 +9,14 @@ descriptors and all. Without a driver nothing runs, and nothing may interpret: T
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -48,25 +50,18 @@ class AbsentGPU:
         return 0
 
 
-class Compiled(list):
-    """Every launch within the `with` is compiled for `arch` and listed, as (kernel name, resources)."""
+@contextlib.contextmanager
+def launches(arch, do):
+    """Every launch within the `with` is compiled for `arch`, and `do(binary, grid, arguments by name)` takes its place."""
+    run = JITFunction.run
+    driver.set_active(AbsentGPU(arch))
 
-    def __init__(self, arch):
-        self.arch = arch
+    def compile_only(kernel, *args, grid, warmup, **options):
+        binary = run(kernel, *args, grid=grid, warmup=True, **options)
+        do(binary, grid, dict(zip(kernel.arg_names, args)) | options)
 
-    def __enter__(self):
-        self.run = JITFunction.run
-        driver.set_active(AbsentGPU(self.arch))
-
-        def compile_only(kernel, *args, grid, warmup, **kwargs):
-            binary = self.run(kernel, *args, grid=grid, warmup=True, **kwargs)
-            self.append((kernel.__name__, resources(binary)))
-
-        JITFunction.run = compile_only
-        return self
-
-    def __exit__(self, *_):
-        JITFunction.run = self.run
+    with mock.patch.object(JITFunction, "run", compile_only):
+        yield
 
 
 def resources(binary):
@@ -150,9 +145,10 @@ def main(arch, name, sizes):
     shapes = [("",)] if arch in (86, 89, 120) else []
     backend._arch = lambda device: arch  # what is compiled is what the backend itself would choose there
     for kernel, call, p in kernels(dtype, SIZES[sizes], *shapes):
-        with Compiled(arch) as launches:
+        compiled = []
+        with launches(arch, lambda binary, *_: compiled.append(binary)):
             call(p)
-        used = next(resources for function, resources in launches if function != "fold_kernel")
+        used = next(resources(binary) for binary in compiled if binary.metadata.name != "fold_kernel")
         print(json.dumps(dict(arch=arch, dtype=name, kernel=kernel, sizes=sizes, **used)), flush=True)
 
 

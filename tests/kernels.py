@@ -1,4 +1,4 @@
-"""All that the CUDA kernels give for a problem, to be compared: on a GPU, on one that is a program, in the CPU emulation."""
+"""All that a backend gives for a block of logits, to be compared: on a GPU, on one that is a program, on the CPU."""
 
 import dataclasses
 import math
@@ -46,10 +46,9 @@ def everything(backend, p):
     return out
 
 
-def assert_near(got, want, D):
-    """They differ in exp and in the order of sums by little, and tensor cores cut off every sum of 16 products."""
+def assert_near(got, want, of_logits=1e-6):
+    """They differ in exp, in the order within a product and in the order of the GEMMs, by little."""
     assert got.keys() == want.keys()
-    of_logits = 1e-6 + D / 16 * 2**-24
     for name, v in want.items():
         of_g = 5e-3 if name.endswith((" dx", " dy")) else 2e-5  # rounded, and not
         tolerance = of_logits if name in ("row", "col", "Sigmoid row_sum") else of_g

@@ -45,7 +45,7 @@ def test_like_emulation(run, program, N, M, D, dtype):
             from flashcl import _C
 
             emulated.setattr(backend, "_C", _C)
-            assert_near(got, everything(backend, p), D)
+            assert_near(got, everything(backend, p), of_logits=1e-6 if D < 1000 else 5e-6)  # sums are cut off 68 times
 
 
 @pytest.mark.parametrize("shape", [MANY_TILES, MANY_STEPS], ids=["tiles", "steps"])

@@ -21,7 +21,7 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).with_name("triton_ptx.py")
 RUNS = [(80, "bfloat16"), (80, "float32"), (90, "bfloat16"), (90, "float16"), (90, "float32")]
 
-# As of every backend in bfloat16 (test_contract.py): rows that are copies of each other.
+# As in the interpreter (KNOWN of test_contract.py): a bfloat16 G along rows that are copies of each other.
 KNOWN = {"bfloat16": {"sup_con duplicates"}}
 
 

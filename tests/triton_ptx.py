@@ -13,12 +13,9 @@ import json
 import sys
 
 import torch
-import triton
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 import ptx
-from compile_budget import AbsentGPU
+from compile_budget import launches
 from kernels import everything, problem, wide
 
 from flashcl.backends import torch as reference, triton as backend
@@ -28,42 +25,30 @@ from flashcl.engine.problem import CLASSES
 SWIZZLES = (0, 32, 64, 128)  # bytes, as Triton numbers them
 
 
-class Launches:
-    """Within the `with` every launch runs the PTX that Triton compiles for `arch`."""
+def on(machine, used):
+    """What takes the place of a launch: the PTX runs on the machine. `used` learns the name of the kernel."""
 
-    def __init__(self, arch, machine):
-        self.arch, self.machine, self.kernels = arch, machine, set()
+    def run(binary, grid, arguments):
+        meta = binary.metadata
+        descriptors = list(meta.tensordesc_meta or ())
+        kinds = binary.src.signature.items()
+        params = [p for name, kind in kinds for p in parameters(kind, arguments.get(name), descriptors, machine)]
+        used.add(meta.name)
+        machine.launch(binary.asm["ptx"], meta.name, grid, 32 * meta.num_warps, meta.shared, params)
 
-    def __enter__(self):
-        self.run = JITFunction.run
-        driver.set_active(AbsentGPU(self.arch))
-
-        def launch(kernel, *args, grid, warmup, **options):
-            binary = self.run(kernel, *args, grid=grid, warmup=True, **options)
-            values = dict(zip(kernel.arg_names, args)) | options
-            meta = list(binary.metadata.tensordesc_meta or ())
-            params = [p for name, kind in binary.src.signature.items() for p in parameters(kind, values.get(name), meta, self.machine)]
-            threads = 32 * binary.metadata.num_warps
-            self.kernels.add(binary.metadata.name)
-            self.machine.launch(binary.asm["ptx"], binary.metadata.name, grid, threads, binary.metadata.shared, params)
-
-        JITFunction.run = launch
-        return self
-
-    def __exit__(self, *_):
-        JITFunction.run = self.run
+    return run
 
 
-def parameters(kind, value, meta, machine):
+def parameters(kind, value, descriptors, machine):
     """What the launcher of Triton hands to a kernel for an argument."""
     if isinstance(kind, tuple):
-        return [p for k, v in zip(kind, value) for p in parameters(k, v, meta, machine)]
+        return [p for k, v in zip(kind, value) for p in parameters(k, v, descriptors, machine)]
     if kind == "constexpr":
         return []
     if kind.startswith("*"):
         return [ctypes.c_uint64(value.data_ptr())]
     if kind.startswith("tensordesc"):
-        at = meta.pop(0)
+        at = descriptors.pop(0)
         tensor_map = machine.tensor_map(
             value.base.data_ptr(), at["elem_size"], SWIZZLES[at["swizzle"]], at["block_size"], value.shape, value.strides
         )
@@ -77,10 +62,10 @@ PROBLEMS = [(300, 280, 136, False), (256, 384, 64, False), (300, 300, 72, True)]
 
 def main(arch, dtype):
     """One JSON line per problem, with its largest relative errors, and one per case of the contract, with its violations."""
-    machine = ptx.machine()
+    machine, used = ptx.machine(), set()
     backend._arch = lambda device: arch
     backend.unusable = lambda device, dtype: None
-    with Launches(arch, machine) as launches:
+    with launches(arch, on(machine, used)):
         for program in CLASSES:
             for N, M, D, triangular in PROBLEMS:
                 p = problem(N, M, D, program, triangular, dtype=dtype)
@@ -91,7 +76,7 @@ def main(arch, dtype):
             for regime in REGIMES:
                 found = violations(case(loss, regime, n=40), dtype, backend="triton", device="cpu")
                 say(case=f"{loss} {regime}", violations=[str(v) for v in found])
-    say(kernels=sorted(launches.kernels))
+    say(kernels=sorted(used))
 
 
 def say(**what):

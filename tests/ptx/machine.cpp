@@ -1,3 +1,4 @@
+// How a kernel comes to run: threads with their registers, turns, copies in the background.
 #include "machine.h"
 
 #include <algorithm>

@@ -1,3 +1,4 @@
+// Reads PTX, as nvcc and Triton write it.
 #include "program.h"
 
 #include <cstring>
