@@ -21,13 +21,21 @@ def embeddings(group: object | None = None, **named: Tensor) -> None:
         if x.dtype not in _DTYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
         if x.shape[1] == 0 or (x.shape[0] == 0 and group is None):
-            raise ValueError(f"{name} must have at least one row and one column, got N = 0 in {tuple(x.shape)}")
-        if x.dtype != first.dtype:
+            raise ValueError(f"{name} must have at least one row and one column, got shape {tuple(x.shape)}")
+        if computed_dtype(x) != computed_dtype(first):
             raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}")
         if x.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {x.device}")
         if x.shape[1] != first.shape[1]:
             raise ValueError(f"{name} must have the D of {first_name}, {first.shape[1]}, got {x.shape[1]}")
+
+
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """What the engine gets x in: inside torch.autocast its dtype, but for float64."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def same_rows(first_name: str, first: Tensor, name: str, x: Tensor, why: str) -> None:

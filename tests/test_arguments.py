@@ -1,5 +1,7 @@
 """Wrong arguments: each error names the argument, what came and what was expected. NaN in data is none."""
 
+import copy
+
 import pytest
 import torch
 
@@ -86,7 +88,7 @@ def test_embeddings_must_match(function, name):
 def test_no_rows(function):
     names = FUNCTIONS[function][0]
     options = dict(labels=LABELS[:0]) if function is sup_con else {}
-    with raises(ValueError, names[0], "at least one row", "N = 0"):
+    with raises(ValueError, names[0], "at least one row", r"got shape \(0,"):
         function(**dict.fromkeys(names, X[:0]), **options)
 
 
@@ -189,15 +191,26 @@ def test_backend_and_group(function):
 
 
 def test_group_options():
+    alone = torch.distributed.ProcessGroup(0, 1)
     with raises(ValueError, "strategy", "'ring'", "'tree'"):
-        flashcl.Group(None, strategy="tree")
+        flashcl.Group(alone, strategy="tree")
     with raises(ValueError, "convention", "'local_grad'", "'mean'"):
-        flashcl.Group(None, convention="mean")
+        flashcl.Group(alone, convention="mean")
     with raises(ValueError, "chunk_bytes", "0"):
-        flashcl.Group(None, chunk_bytes=0)
+        flashcl.Group(alone, chunk_bytes=0)
     for convention in ("global", "global_grad", "global_scaled"):
         with raises(ValueError, "convention", convention, "'sum'"):
-            flashcl.nt_xent(X, X, group=flashcl.Group(None, convention=convention), reduction="sum")
+            flashcl.nt_xent(X, X, group=flashcl.Group(alone, convention=convention), reduction="sum")
+    with raises(ValueError, "chunk_bytes", "1.5"):
+        flashcl.Group(alone, chunk_bytes=1.5)
+    with raises(TypeError, "process_group", "NoneType"):
+        flashcl.Group(None)
+
+
+def test_a_copied_module_talks_to_the_same_ranks():
+    alone = torch.distributed.ProcessGroup(0, 1)
+    loss = copy.deepcopy(flashcl.InfoNCELoss(group=alone))
+    assert loss.options["group"].process_group is alone
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=named)

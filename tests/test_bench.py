@@ -533,7 +533,9 @@ def test_a_real_ctrl_c(tmp_path):
     path = tmp_path / "r.json"
     sizes = ["--n", "32:4096", "--d", "8", "--provider", "dense", "--seconds", "0.01", "--device", "cpu"]
     command = [Path(sys.executable).with_name("flashcl"), "bench", *sizes, "--out", path]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A job in the background of a script ignores interrupts, and hands that on to its children.
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     for line in process.stdout:  # the table of the first workload comes after its file
         if line.startswith("info_nce 32"):
             break

@@ -114,6 +114,25 @@ def test_normalize(backend, dtype, loss):
     assert violations(case(loss, "unnormalised", n=37, normalize=True), dtype, backend=backend) == []
 
 
+@pytest.mark.parametrize("backend, dtype", EVERY)
+def test_normalize_of_great_lengths(backend, dtype):
+    c = case("info_nce", "init", normalize=True, reduction="sum")  # of a mean the gradients would be below float16
+    c.tensors["y"] *= 2e4 / c.tensors["y"].abs().amax()  # their lengths are beyond float16
+    assert violations(c, dtype, backend=backend) == []
+
+
+@pytest.mark.parametrize("backend, dtype", EVERY)
+def test_normalize_of_a_row_of_zeros(backend, dtype):
+    """It stays 0; its gradient, divided by a length of 1e-12, may overflow."""
+    c = case("info_nce", "init", normalize=True)
+    c.tensors["x"][3] = 0.0
+    c = c.to(dtype)
+    got, expected = evaluate(through(c, backend), c), evaluate(reference.info_nce, c.to(DOUBLE))
+    close = {HALF: 2e-2, BF16: 1e-1}.get(dtype, 1e-4)  # gradients go through the rounding of x / |x|
+    for name in ("value", "grad y", "grad logit_scale"):
+        torch.testing.assert_close(got[name].double(), expected[name], rtol=close, atol=close * expected[name].abs().amax())
+
+
 @pytest.mark.parametrize("axis", ["rows", "cols"])
 @pytest.mark.parametrize("loss", ["logsumexp", "logsumexp off-diagonal"])
 @pytest.mark.parametrize("n, m", [(20, 37), (37, 20)])
@@ -133,6 +152,26 @@ def test_full_tiles(loss, monkeypatch):
     """The torch backend in the tiles that it ships with."""
     monkeypatch.undo()
     assert violations(case(loss, "init", n=1030, m=1050, d=8), SINGLE, backend="torch") == []
+
+
+def test_one_large_logit(backend, monkeypatch):
+    """The lines of its tile must not be counted from it: s - top would be rounded to 57 instead of to the size of s."""
+    monkeypatch.undo()
+    n, draw = 300, torch.Generator().manual_seed(0)
+    x, y = (0.05 * torch.randn(n, 32, generator=draw, dtype=DOUBLE) for _ in range(2))
+    x[:, 0], y[:, 0], x[0, 0], y[0, 0] = 0.0, 0.0, 7.5, 7.5
+    row_bias = torch.full((n,), -6.8, dtype=DOUBLE).index_fill_(0, torch.tensor([0]), 0.0)
+    c = replace(case("logsumexp", "init", axis="rows"), tensors=dict(x=x, y=y, row_bias=row_bias))
+    assert violations(c, SINGLE, backend=backend) == []
+
+
+def test_few_labels(monkeypatch):
+    """Sums over 500 rows of one label, which the gradient of the temperature feels."""
+    monkeypatch.undo()
+    for seed in range(3):
+        c = case("sup_con", "cone", n=1024, seed=seed)
+        c = replace(c, options=c.options | dict(labels=torch.arange(1024) % 2))
+        assert violations(c, SINGLE, backend="torch") == []
 
 
 @pytest.mark.parametrize("regime", ["init", "large"])
@@ -367,6 +406,20 @@ def test_same_bits_twice(backend, dtype, loss):
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_same_bits_on_two_threads(loss, monkeypatch):
+    monkeypatch.undo()
+    torch.use_deterministic_algorithms(False)
+    c = case(loss, "init", n=600, d=64).to(SINGLE)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first, *others = (evaluate(through(c, "torch"), c) for _ in range(6))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="only the interpreter can run programs in another order")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_program_order_does_not_matter(loss):
@@ -458,3 +511,12 @@ def test_unusable_backends_say_why():
         flashcl.info_nce(x, x, temperature=1.0, backend="cuda")
     with pytest.raises(RuntimeError, match="'triton' cannot serve torch.float64"):
         flashcl.info_nce(x.double(), x.double(), temperature=1.0, backend="triton")
+
+
+def test_labels_may_be_edited_after_the_forward(backend):
+    c = case("sup_con", "init", n=21).to(SINGLE)
+    labels, z = c.options["labels"], c.tensors["z"].clone().requires_grad_()
+    expected = torch.autograd.grad(flashcl.sup_con(z, labels, backend=backend), z)
+    loss = flashcl.sup_con(z, labels, backend=backend)
+    labels.copy_(torch.arange(21) % 4)
+    assert torch.equal(torch.autograd.grad(loss, z)[0], expected[0])

@@ -17,7 +17,7 @@ _C = pytest.importorskip("flashcl._C", reason="flashcl._C was not built: no nvcc
 
 import ptx
 
-from flashcl.backends import cuda as backend, torch as reference
+from flashcl.backends import cuda as backend, tiled, torch as reference
 from flashcl.contract import LOSSES, case, violations
 from flashcl.engine.problem import CLASSES, LogSumExp, Needs, Problem, Sigmoid, Softmax
 
@@ -318,9 +318,7 @@ def test_strides():
         wide[:1, :24].expand(40, 24),
         wide[:, 16:40],
     ]
-    assert (
-        backend._aligned(views[-1]) is not views[-1] and backend._aligned(views[-1]).data_ptr() == views[-1].data_ptr()
-    )
+    assert tiled.aligned(views[-1], 8) is views[-1]
     for x in views:
         p = dataclasses.replace(base, x=x, rows=(torch.arange(80)[::2],))
         check_sweep(p)
@@ -420,7 +418,7 @@ def test_softplus_is_accurate_in_its_tail():
 def test_blocks_give_the_whole(program):
     """A workspace of a tile: blocks are split along the rows and along the columns, and add up."""
     p = problem(300, 280, 16, torch.float16, program, bias=True)
-    assert len(list(backend._blocks(p, TILE * TILE))) == 9
+    assert len(list(tiled.blocks(p, TILE * TILE, TILE))) == 9
     check_sweep(p, workspace=1024)
     check_grad(p, softmax(p), workspace=TILE * TILE * 2, need_bias=True)
     if program != "by_label":
@@ -433,8 +431,7 @@ def test_blocks_are_bounded_and_cover_the_matrix_once():
         x, y = torch.empty(1, 1).expand(N, 1), torch.empty(1, 1).expand(M, 1)
         for triangular in {False, N == M}:
             p = Problem(x, y, torch.ones(1), triangular=triangular)
-            for walk in (backend._blocks, backend._strips):
-                blocks = list(walk(p, cells=2**28))
+            for blocks in (list(tiled.blocks(p, 2**28, TILE)), list(backend._strips(p, 2**28))):
                 cells = [(i.stop - i.start) * (j.stop - j.start) for i, j in blocks]
                 assert all(c <= 2**28 for c in cells) and all(i.start % TILE == 0 == j.start % TILE for i, j in blocks)
                 own = sum((i.stop - i.start) ** 2 for i, j in blocks if i.start == j.start)
@@ -678,17 +675,11 @@ def test_deviations_of_the_positives_from_a_center(workspace):
             assert_close(got.col_deviation, ref.col_deviation, allowed, "columns", relative=False)
 
 
-def test_triangular_sums_of_softplus():
-    p = problem(200, 200, 16, triangular=True)
-    assert_close(backend.sweep_softplus(p), reference.sweep_softplus(in_float64(p)), 1e-6)
-    check_grad(p, Sigmoid(torch.randn(200)))
-
-
 def test_the_self_check_passes_and_would_not_pass_anything(monkeypatch):
     device = torch.device("cpu")
     assert all(error <= allowed for _, error, allowed in backend.self_check(device))
-    original = backend._pad
-    monkeypatch.setattr(backend, "_pad", lambda v, value=None: original(v.roll(1, -1), value))  # a wrong index map
+    pad = tiled.pad
+    monkeypatch.setattr(tiled, "pad", lambda v, tile, value=None: pad(v.roll(1, -1), tile, value))  # a wrong index map
     assert not any(error <= allowed for _, error, allowed in backend.self_check(device))
 
 

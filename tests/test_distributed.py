@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import os
 import runpy
 import socket
@@ -229,21 +230,30 @@ def own_slot_only(rank, world) -> list[str]:
         positive = (labels[rows, None] == labels) & s.isfinite()
         return -s.log_softmax(1).where(positive, 0.0).sum(1).div(positive.sum(1)).sum() / n
 
-    group = world_group("ring", convention="local_partial")
-    ours = {
-        nt_xent: lambda a, b: flashcl.nt_xent(a, b, temperature=0.5, group=group),
-        sup_con: lambda a, b: flashcl.sup_con(a, labels[rows], temperature=0.5, group=group) + 0 * b.sum(),
-        clip: lambda a, b: flashcl.info_nce(a, b, logit_scale=4.0, group=group),
-        siglip: lambda a, b: flashcl.siglip(a, b, logit_scale=4.0, logit_bias=-1.0, group=group),
+    def one_way(a, b, all_a, all_b):
+        return cross_entropy(4 * a @ all_b.T, target)
+
+    def col_lse(a, b, all_a, all_b):
+        return (all_a @ b.T).logsumexp(0).sum()
+
+    calls = {
+        nt_xent: lambda a, b, group: flashcl.nt_xent(a, b, temperature=0.5, group=group),
+        sup_con: lambda a, b, group: flashcl.sup_con(a, labels[rows], temperature=0.5, group=group) + 0 * b.sum(),
+        clip: lambda a, b, group: flashcl.info_nce(a, b, logit_scale=4.0, group=group),
+        siglip: lambda a, b, group: flashcl.siglip(a, b, logit_scale=4.0, logit_bias=-1.0, group=group),
+        one_way: lambda a, b, group: flashcl.info_nce(a, b, logit_scale=4.0, symmetric=False, group=group),
+        col_lse: lambda a, b, group: flashcl.similarity_logsumexp(a, b, axis="cols", group=group).sum(),
     }
-    for formula, call in ours.items():
+    for formula, strategy in itertools.product(calls, ("ring", "gather")):
         a, b = x[rows].clone().requires_grad_(), y[rows].clone().requires_grad_()
         all_a, all_b = (torch.cat([v[: rows.start], own, v[rows.stop :]]) for v, own in ((x, a), (y, b)))
         expected = formula(a, b, all_a, all_b)
         expected = expected, *torch.autograd.grad(expected + 0 * b.sum(), (a, b))
-        loss = call(a, b)
+        loss = calls[formula](a, b, world_group(strategy, convention="local_partial"))
         got = loss, *torch.autograd.grad(loss, (a, b))
-        wrong += [f"{formula.__name__}: {p} {q}" for p, q in zip(got, expected) if not torch.allclose(p, q, rtol=1e-10, atol=1e-14)]
+        for p, q in zip(got, expected):
+            if not torch.allclose(p, q, rtol=1e-10, atol=1e-14):
+                wrong.append(f"{formula.__name__}, {strategy}: {p} is not {q}")
     return wrong
 
 
@@ -357,6 +367,8 @@ def disagreements(rank, world) -> list[str]:
     wrong += refused(other if odd else lambda: info_nce(leaf()), "agree", "x and y the same True")
     strategy = flashcl.Group(group, strategy="gather" if odd else "ring")
     wrong += refused(lambda: flashcl.info_nce(leaf(), leaf(), temperature=1.0, group=strategy), "agree", "strategy 'gather'")
+    chunks = flashcl.Group(group, chunk_bytes=2**20 if odd else 64)
+    wrong += refused(lambda: flashcl.info_nce(leaf(), leaf(), temperature=1.0, group=chunks), "agree", "chunk_bytes 64")
     frozen = info_nce(leaf().detach() if odd else leaf())
     wrong += refused(frozen.backward, "agree", "gradients wanted", "x")
     ahead = info_nce(leaf())
@@ -378,7 +390,7 @@ def a_rank_stalls(rank, world) -> list[str]:
     if rank == world - 1:
         return []
     start, x = time.monotonic(), torch.ones(3, D)
-    wrong = refused(lambda: flashcl.info_nce(x, x, temperature=1.0, group=group), "waited in vain", f"rank {rank} of {world}")
+    wrong = refused(lambda: flashcl.info_nce(x, x, temperature=1.0, group=group), "timed out waiting", f"rank {rank} of {world}")
     took = time.monotonic() - start
     return wrong + [f"it took {took} s"] * (took > 20)
 
@@ -389,7 +401,7 @@ def a_rank_dies(rank, world) -> list[str]:
     if rank == 1:
         os._exit(0)
     start = time.monotonic()
-    wrong = refused(lambda: flashcl.info_nce(x, x, temperature=1.0, group=dist.group.WORLD), "waited in vain", f"rank {rank}")
+    wrong = refused(lambda: flashcl.info_nce(x, x, temperature=1.0, group=dist.group.WORLD), "timed out waiting", f"rank {rank}")
     return wrong + [f"it took {time.monotonic() - start} s"] * (time.monotonic() - start > 30)
 
 

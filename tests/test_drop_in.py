@@ -39,7 +39,7 @@ def recipes() -> dict[str, str]:
     return dict(re.findall(r"^### (.*?)\n.*?```python\n(.*?)```", section(PAGE, "Recipes"), re.M | re.S))
 
 
-CALLS = table(README, "Instead of") | table(PAGE, "Options") | recipes()
+CALLS = table(README, "Migrating from other libraries") | table(PAGE, "Options") | recipes()
 CALLS_OF_RANKS = table(PAGE, "Ranks")
 
 

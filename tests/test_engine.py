@@ -1,5 +1,6 @@
 """The boundary to PyTorch: registered operators, torch.compile, second derivatives, dispatch, memory."""
 
+import functools
 import json
 import re
 import subprocess
@@ -23,13 +24,13 @@ def scalar(value):
 
 
 CALLS = {
-    "info_nce": lambda x, y, t: flashcl.info_nce(x, y, temperature=t),
-    "info_nce one-way": lambda x, y, t: flashcl.info_nce(x, y, temperature=t, symmetric=False, reduction="none").sum(),
-    "siglip": lambda x, y, t: flashcl.siglip(x, y, logit_scale=1 / t, logit_bias=-t),
-    "siglip none": lambda x, y, t: flashcl.siglip(x, y, logit_scale=1 / t, logit_bias=-t, reduction="none").sum(),
-    "nt_xent": lambda x, y, t: flashcl.nt_xent(x, y, temperature=t),
-    "sup_con": lambda x, y, t: flashcl.sup_con(x + y, torch.arange(len(x)) // 3, temperature=t),
-    "logsumexp": lambda x, y, t: sum(v.sum() for v in flashcl.similarity_logsumexp(x, y, logit_scale=t)),
+    "info_nce": lambda x, y, t, **at: flashcl.info_nce(x, y, temperature=t, **at),
+    "info_nce one-way": lambda x, y, t, **at: flashcl.info_nce(x, y, temperature=t, symmetric=False, reduction="none", **at).sum(),
+    "siglip": lambda x, y, t, **at: flashcl.siglip(x, y, logit_scale=1 / t, logit_bias=-t, **at),
+    "siglip none": lambda x, y, t, **at: flashcl.siglip(x, y, logit_scale=1 / t, logit_bias=-t, reduction="none", **at).sum(),
+    "nt_xent": lambda x, y, t, **at: flashcl.nt_xent(x, y, temperature=t, **at),
+    "sup_con": lambda x, y, t, **at: flashcl.sup_con(x + y, torch.arange(len(x)) // 3, temperature=t, **at),
+    "logsumexp": lambda x, y, t, **at: sum(v.sum() for v in flashcl.similarity_logsumexp(x, y, logit_scale=t, **at)),
 }
 
 
@@ -48,6 +49,39 @@ def test_compiled_as_one_graph_it_is_the_same(name):
             assert torch.equal(a, b)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[-1] == graphs[-2] <= 2, graphs  # the second size may show Dynamo that a size is not a constant
+
+
+@pytest.mark.parametrize("name", ["info_nce", "siglip", "sup_con"])
+def test_a_backend_may_be_named_in_one_graph(name, backend):
+    torch._dynamo.reset()
+    call = functools.partial(CALLS[name], backend=backend)
+    x, y, t = leaf(dtype=torch.float32), leaf(seed=1, dtype=torch.float32), scalar(0.3)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(call(x, y, t), compiled(x, y, t))
+
+
+def test_a_backend_that_cannot_serve_says_so_in_a_graph_too():
+    compiled = torch.compile(functools.partial(CALLS["info_nce"], backend="cuda"), backend="aot_eager")
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve"):
+        compiled(leaf(), leaf(seed=1), scalar(0.3))
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", CALLS)
+def test_the_default_dtype_does_not_matter(name, default, backend):
+    def run():
+        x, y = leaf(40, 8, dtype=torch.float32), leaf(40, 8, seed=1, dtype=torch.float32)
+        t = torch.tensor(0.3, dtype=torch.float32, requires_grad=True)
+        value = CALLS[name](x, y, t, backend=backend)
+        return value.detach(), *torch.autograd.grad(value, (x, y, t))
+
+    expected, before = run(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = run()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, expected))
 
 
 def test_operators_keep_their_word(monkeypatch):

@@ -45,17 +45,41 @@ def test_nt_xent_and_sup_con_compute_the_functions(views):
     assert flashcl.SupConLoss(0.1)(views[0], labels).item() == pytest.approx(expected)
 
 
-def test_scale_is_clamped_at_100_and_can_come_back(views):
-    """With pairs that contradict the labels the gradient lowers the scale: the clamp must not have stopped it."""
+def test_scale_is_at_most_100_and_can_come_back(views):
+    """Pairs that contradict the labels lower the scale: the limit must not stop that gradient, only the one that raises it."""
     x, y = views
     loss = flashcl.InfoNCELoss()
     with torch.no_grad():
-        loss.log_logit_scale.fill_(math.log(1000.0))
+        loss.log_logit_scale.fill_(math.log(120.0))
+    assert loss.logit_scale.item() == pytest.approx(100.0) and "logit_scale=100 " in repr(loss)
+    loss(x, x).backward()
+    assert loss.log_logit_scale.grad == 0
     loss(x, -x).backward()
-    assert loss.log_logit_scale.item() == pytest.approx(math.log(100.0))
     assert loss.log_logit_scale.grad > 0
     torch.optim.SGD(loss.parameters(), lr=0.01).step()
     assert loss.logit_scale.item() < 100.0
+
+
+def test_reading_the_scale_changes_nothing(views):
+    """Neither a checkpoint that is evaluated nor what autograd has saved of the parameter."""
+    loss = flashcl.InfoNCELoss()
+    loss.load_state_dict({"log_logit_scale": torch.tensor(math.log(150.0))})
+    penalty = loss.log_logit_scale**2
+    assert loss.logit_scale.item() == pytest.approx(100.0)
+    (loss(*views) + penalty).backward()
+    assert loss.state_dict()["log_logit_scale"].exp().item() == pytest.approx(150.0)
+
+
+def test_a_temperature_is_what_it_was_set_to(views):
+    with pytest.raises(ValueError, match="max_logit_scale must be at least the 200"):
+        flashcl.InfoNCELoss(0.005)
+    for loss in (flashcl.InfoNCELoss(0.005, learnable=False), flashcl.InfoNCELoss(0.005, max_logit_scale=None)):
+        assert loss(*views).item() == pytest.approx(flashcl.info_nce(*views, temperature=0.005).item())
+    for make in (flashcl.InfoNCELoss, flashcl.NTXentLoss, flashcl.SupConLoss):
+        with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+            make(0.0)
+    with pytest.raises(ValueError, match="logit_scale must be positive, got -1"):
+        flashcl.SigLIPLoss(-1.0)
 
 
 def test_options_go_to_the_function(views):
@@ -66,6 +90,14 @@ def test_options_go_to_the_function(views):
     )
     assert loss(3 * x, y).shape == (12,) and torch.equal(loss(3 * x, y), expected)
     assert "learnable" in repr(loss) and "symmetric=False" in repr(loss)
+
+
+@pytest.mark.parametrize("make", [flashcl.InfoNCELoss, flashcl.SigLIPLoss, flashcl.NTXentLoss, flashcl.SupConLoss])
+def test_options_are_checked_when_made_and_shown(make):
+    with pytest.raises(TypeError, match="reduction_"):
+        make(reduction_="mean")
+    with torch.device("meta"):
+        assert "logit_scale=?" in repr(make())
 
 
 def test_modules_train():

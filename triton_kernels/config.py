@@ -9,11 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-# Bound on the largest temporary of a call: the block of G in the backward, the statistics of the tiles in the forward.
-# 16k x 16k elements of 16 bits: blocks so large that adding them up in dx and dy costs nothing beside the GEMMs.
-WORKSPACE = 512 * 2**20
-
-
 LARGEST = 256  # no tile has more rows or columns
 
 

@@ -16,9 +16,11 @@ from .config import Tile
 from .programs import Program
 from .tile import Block, cdiv, grid, load_vectors, logits, on, operands, options, product, tile_of
 
-# With one top for a whole tile, terms exp(s - top) below 2^-126 are lost, at most 2^9 of them in a line: less than 2^-117
-# together. A total above TINY has thus lost less than 2^-27 of itself, an eighth of the float32 rounding unit.
-TINY = tl.constexpr(2.0**-90)
+# One top serves all lines of a tile where no total is below this. Of 16-bit embeddings: terms exp(s - top) below 2^-126 are
+# lost, at most 2^9 of them in a line, less than 2^-117 together; a total above 2^-90 has thus lost less than 2^-27 of itself,
+# an eighth of the float32 rounding unit. Of float32 ones (e^-16): s - top is rounded by half a unit in the last place of the
+# spread, which at 16 is 5e-7 of a term; logits of 16-bit embeddings come with larger errors.
+SMALLEST_TOTAL = {2: 2.0**-90, 4: 2.0**-23}  # by bytes of an element
 
 
 class Lines(NamedTuple):
@@ -69,7 +71,7 @@ def smallest(row_total, col_total, COLS: tl.constexpr):
 
 
 @triton.jit
-def sums_of_one_class(s, row_at, row_plane, col_at, col_plane, col_mask, whole, COLS: tl.constexpr):
+def sums_of_one_class(s, row_at, row_plane, col_at, col_plane, col_mask, whole, COLS: tl.constexpr, SMALLEST: tl.constexpr):
     """Statistics of the rows and columns of s (BN, BM): from one exp per logit where the top of the tile serves them all.
 
     It does where no total comes near the smallest numbers. A tile that is not whole has totals of 0 past the edge.
@@ -77,7 +79,7 @@ def sums_of_one_class(s, row_at, row_plane, col_at, col_plane, col_mask, whole, 
     top = tl.max(s)
     e = tl.exp(s - or_zero(top))
     row_total, col_total = tl.sum(e, 1), tl.sum(e, 0)
-    if whole & (top < float("inf")) & (smallest(row_total, col_total, COLS) > TINY):
+    if whole & (top < float("inf")) & (smallest(row_total, col_total, COLS) > SMALLEST):
         store_sums(row_at, row_plane, None, top, row_total)
         if COLS:
             store_sums(col_at, col_plane, col_mask, top, col_total)
@@ -94,7 +96,7 @@ def top_of_some(top, total):
 
 
 @triton.jit
-def sums_of_two_classes(s, positive, row_at, row_plane, col_at, col_plane, col_mask, whole, COLS: tl.constexpr):
+def sums_of_two_classes(s, positive, row_at, row_plane, col_at, col_plane, col_mask, whole, COLS: tl.constexpr, SMALLEST: tl.constexpr):
     """The same of the negatives and of the positives, with one top for both."""
     top = tl.max(s)
     e = tl.exp(s - or_zero(top))
@@ -103,7 +105,7 @@ def sums_of_two_classes(s, positive, row_at, row_plane, col_at, col_plane, col_m
     least1 = tl.min(tl.where(positive, e, 1.0))
     row_total, row_total1, col_total, col_total1 = tl.sum(e0, 1), tl.sum(e1, 1), tl.sum(e0, 0), tl.sum(e1, 0)
     least = tl.minimum(smallest(row_total, col_total, COLS), least1)
-    if whole & (top < float("inf")) & (least > TINY):
+    if whole & (top < float("inf")) & (least > SMALLEST):
         store_sums(row_at, row_plane, None, top, row_total)
         store_sums(row_at + 2 * row_plane, row_plane, None, top_of_some(top, row_total1), row_total1)
         if COLS:
@@ -157,7 +159,7 @@ def sweep_kernel(
     block,  # Block
     row, col,  # Lines; col is None without COLS, and row itself where TRIANGULAR
     softplus_sums,  # None, or (tiles_m, N rounded up to whole tiles) float32: sums of softplus(s), and nothing else is done
-    DROP: tl.constexpr, POSITIVE: tl.constexpr, COLS: tl.constexpr, TRIANGULAR: tl.constexpr,
+    DROP: tl.constexpr, POSITIVE: tl.constexpr, COLS: tl.constexpr, TRIANGULAR: tl.constexpr, SMALLEST: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     N, M = block.N, block.M
@@ -183,7 +185,7 @@ def sweep_kernel(
         if COLS:
             col_sums = col.sums + col_at
         if POSITIVE is None:
-            sums_of_one_class(s, row_sums, row_plane, col_sums, col_plane, col_mask, whole, COLS)
+            sums_of_one_class(s, row_sums, row_plane, col_sums, col_plane, col_mask, whole, COLS, SMALLEST)
         else:
             positive = POSITIVE(rows, cols)
             if row.center is not None:
@@ -192,7 +194,7 @@ def sweep_kernel(
                 if COLS:
                     col_center = tl.load(col.center + m)[None, :]
                     store_deviation(col.deviation + col_at, col_mask, s, positive, col_center, 0)
-            sums_of_two_classes(s, positive, row_sums, row_plane, col_sums, col_plane, col_mask, whole, COLS)
+            sums_of_two_classes(s, positive, row_sums, row_plane, col_sums, col_plane, col_mask, whole, COLS, SMALLEST)
 
 
 @triton.jit
@@ -259,7 +261,8 @@ def sweep(
     with on(x.device):
         sweep_kernel[grid(block, tile, triangular)](
             a, b, block, row, col, softplus_sums,
-            DROP=program.drop, POSITIVE=program.positive, COLS=col is not None, TRIANGULAR=triangular, **options(tile, tma),
+            DROP=program.drop, POSITIVE=program.positive, COLS=col is not None, TRIANGULAR=triangular,
+            SMALLEST=SMALLEST_TOTAL[x.itemsize], **options(tile, tma),
         )  # fmt: skip
 
 

@@ -18,16 +18,12 @@ from torch import Tensor
 
 from flashcl.backends import tiled
 from flashcl.backends.gemm import addmm_
-from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
+from flashcl.engine.problem import Grads, Needs, Problem, Sigmoid, Softmax, Statistics
 
 try:
     from flashcl import _C
 except ImportError as error:
     _C, _MISSING = None, str(error)
-
-# Bound on the largest temporary of a call: the block of G in the backward, the statistics of the tiles in the forward.
-# 16k x 16k elements of 16 bits: blocks so large that adding them up in dx and dy costs nothing beside the GEMMs.
-WORKSPACE = 512 * 2**20
 
 # Of a block on the diagonal of S = S^T, the backward computes both halves, strip by strip: this many strips leave out most of
 # what is below the diagonal (3 / 8 of the block) while a strip is high enough for its GEMMs.
@@ -58,41 +54,38 @@ def kept_elements(p: Problem) -> int:
 # ---- sweep ---------------------------------------------------------------------------------------------------------------
 
 
-def sweep(p: Problem, *, need_cols: bool, keep: bool = False, workspace: int = WORKSPACE) -> Statistics:
+def sweep(p: Problem, *, need_cols: bool, keep: bool = False, workspace: int = tiled.WORKSPACE) -> Statistics:
     a = _Arguments.of(p)
-    row = tiled.room(p, len(p.x))
-    col = row if p.triangular else tiled.room(p, len(p.y)) if need_cols else None
-    deviation, col_deviation = tiled.no_deviation(p.center, len(p.x)), tiled.no_deviation(p.col_center, len(p.y))
-    col_center, col_deviation = (a.center, deviation) if p.triangular else (a.col_center, col_deviation)
+    col_center = a.center if p.triangular else a.col_center
 
-    def place(lines: int, tiles: int, center: Tensor | None) -> _Lines:
-        sums = torch.empty(p.classes, 2, tiles, lines, dtype=torch.float32, device=p.x.device)
-        return _Lines(sums, center, None if center is None else sums.new_empty(tiles, lines))
+    def room(lines: slice, others: slice, center: Tensor | None) -> _Lines:
+        sums = torch.empty(p.classes, 2, _tiles(others), _whole(lines), dtype=torch.float32, device=p.x.device)
+        if center is None:
+            return _Lines(sums)
+        return _Lines(sums, center[lines.start :], sums.new_empty(_tiles(others), _whole(lines)))
 
-    for i, j in _blocks(p, workspace / _bytes_of_sums(p)):
-        diagonal = p.triangular and i == j
-        rows = place(_whole(i), _tiles(j), None if a.center is None else a.center[i.start :])
-        cols = rows if diagonal else _Lines(None, None, None)
-        if col is not None and not diagonal:
-            cols = place(_whole(j), _tiles(i), None if col_center is None else col_center[j.start :])
-        sides = (rows, row, deviation, i), (cols, col, col_deviation, j)
-        sides = list(zip(sides, tiled.first_and_last(p, i, j)))[: 1 if diagonal or col is None else 2]
+    def launch(i: slice, j: slice, diagonal: bool, need_cols: bool) -> tuple[_Lines, _Lines | None]:
+        rows, cols = room(i, j, a.center), room(j, i, col_center) if need_cols else None
+        places = {"row": rows, "col": rows if diagonal else cols}
+        lines = {f"{side}_{name}": v for side, at in places.items() if at is not None for name, v in at._asdict().items()}
         with _on(p.x.device) as stream:
-            _C.sweep(a.block(i, j, diagonal), *rows, *cols, stream)
-            for (lines, out, total, at), (first, last) in sides:
-                _C.fold(lines.sums, out.parts[:, :, at], first, last, stream)
-                if total is not None:
-                    total[at].add_(lines.deviation.sum(0, dtype=torch.float64)[: at.stop - at.start])
-    has_cols = need_cols and not p.triangular
-    return Statistics(row, col if has_cols else None, deviation, None if p.triangular else col_deviation)
+            _C.sweep(a.block(i, j, diagonal), **lines, stream=stream)
+        return rows, cols
+
+    return tiled.sweep(p, need_cols, workspace / _bytes_of_sums(p), _C.TILE, launch, _fold)
+
+
+def _fold(sums: Tensor, out: Tensor, *, first: bool, last: bool) -> None:
+    with _on(out.device) as stream:
+        _C.fold(sums, out, first, last, stream)
 
 
 class _Lines(NamedTuple):
     """Room for what a sweep leaves of every tile, along the rows or along the columns."""
 
-    sums: Tensor | None  # (K, 2, tiles, lines)
-    center: Tensor | None  # (lines,)
-    deviation: Tensor | None  # (tiles, lines)
+    sums: Tensor  # (K, 2, tiles, lines)
+    center: Tensor | None = None  # (lines,)
+    deviation: Tensor | None = None  # (tiles, lines)
 
 
 def _bytes_of_sums(p: Problem) -> float:
@@ -100,15 +93,14 @@ def _bytes_of_sums(p: Problem) -> float:
     return 4 * (2 * p.classes + (p.center is not None)) * 2 / _C.TILE
 
 
-def sweep_softplus(p: Problem, *, workspace: int = WORKSPACE) -> Tensor:
-    p = dataclasses.replace(p, triangular=False)
+def sweep_softplus(p: Problem, *, workspace: int = tiled.WORKSPACE) -> Tensor:
     a, ones = _Arguments.of(p), torch.ones(_whole(slice(0, len(p.x))), dtype=torch.float32, device=p.x.device)
     total = ones.new_zeros(len(p.x))
-    for i, j in _blocks(p, workspace / _bytes_of_sums(p)):
+    for i, j in tiled.blocks(p, workspace / _bytes_of_sums(p), _C.TILE):
         sums = ones.new_empty(_tiles(j), _whole(i))
         with _on(p.x.device) as stream:
             _C.sigmoid(a.block(i, j), ones, sums, stream=stream)
-        total[i].add_(sums.sum(0)[: i.stop - i.start])
+        tiled.add_lines_(total, i, sums)
     return total
 
 
@@ -142,18 +134,13 @@ def grad(
     needs: Needs,
     *,
     kept: Tensor | None = None,
-    workspace: int = WORKSPACE,
+    workspace: int = tiled.WORKSPACE,
 ) -> Grads:
-    if p.triangular and isinstance(c, Sigmoid):  # no loss asks for this: walk all of S
-        p = dataclasses.replace(p, triangular=False)
-        full = grad(p, c, Needs(x=needs.x, y=needs.x, scale=needs.scale), workspace=workspace)
-        return Grads(full.dx + full.dy if needs.x else None, None, d_scale=full.d_scale, row_sum=full.row_sum)
-
     total, D = Grads.zeros(p, c, needs), p.x.shape[1]
     dx, dy = total.dx, total.dy
     a = _Arguments.of(p)
-    row, col = _sides(p, c)
-    lift = _lift(row, col) if p.x.dtype == torch.float16 else None
+    row, col = tiled.sides(p, c, _C.TILE)
+    lift = tiled.lift_of_sides(row, col, p.x.dtype)
     buffer = None  # of G: the first block is the largest
     for i, j in _strips(p, workspace / p.x.itemsize):
         g = None
@@ -165,9 +152,9 @@ def grad(
         with _on(p.x.device) as stream:
             _launch(a.block(i, j), c, row.at(i), col and col.at(j), sums, g, lift, stream)
 
-        for lines, part, at in ((total.g_rows, sums.g_rows, i), (total.g_cols, sums.g_cols, j), (total.row_sum, sums.softplus, i)):
-            if lines is not None:
-                lines[at].add_(part.sum(0)[: at.stop - at.start])
+        tiled.add_lines_(total.g_rows, i, sums.g_rows)
+        tiled.add_lines_(total.g_cols, j, sums.g_cols)
+        tiled.add_lines_(total.row_sum, i, sums.softplus)
         own = len(range(len(p.x))[i]) if p.triangular and i.start == j.start else 0  # columns of the strip that are its rows
         if needs.scale:  # there G + G^T meets every pair twice
             twice, once = sums.scaled.split([-(-own // _C.TILE), _tiles(j) - -(-own // _C.TILE)], dim=1)
@@ -181,37 +168,8 @@ def grad(
             if p.triangular and own < len(y):
                 addmm_(dx[j.start + own : j.stop], g[:, own:].T, x)
 
-    for d in (dx, dy):
-        if lift is not None and d is not None:
-            d /= lift
+    tiled.unlift_(lift, dx, dy)
     return total
-
-
-class _Side(NamedTuple):
-    """The coefficients of G along the rows or along the columns, as csrc/block.h has them; with Sigmoid ones only weights."""
-
-    weight: Tensor  # (K, n); n is rounded up to whole tiles
-    lse: Tensor | None = None  # (K, n)
-    offset: Tensor | None = None  # (n,)
-
-    def at(self, lines: slice) -> _Side:
-        """Of the lines from lines.start on. Only the last dimension is cut: a class is as far from the next one as before."""
-        cut = (None if v is None else v[..., lines.start :] for v in (self.weight, self.lse))
-        return _Side(*cut, None if self.offset is None else self.offset[lines.start :])
-
-
-def _sides(p: Problem, c: Softmax | Sigmoid) -> tuple[_Side, _Side | None]:
-    if isinstance(c, Sigmoid):
-        return _Side(_pad(c.row_weight, 0.0)), None
-    row = _side(c.row_weight, c.row_lse, c.row_offset)
-    if p.triangular:
-        return row, row
-    return row, None if c.col_weight is None else _side(c.col_weight, c.col_lse, c.col_offset)
-
-
-def _side(weight: Tensor, lse: LogSumExp, offset: Tensor | None) -> _Side:
-    weight, top = _pad(tiled.folded_weight(weight, lse), 0.0), _pad(lse.top, torch.inf)
-    return _Side(weight, top, None if offset is None else _pad(offset.float(), 0.0))
 
 
 class _TileSums(NamedTuple):
@@ -237,7 +195,7 @@ def _tile_sums(p: Problem, i: slice, j: slice, needs: Needs, *, softplus: bool) 
 
 
 def _launch(
-    block, c, row: _Side, col: _Side | None, sums: _TileSums, g: Tensor | None, lift: Tensor | None, stream
+    block, c, row: tiled.Side, col: tiled.Side | None, sums: _TileSums, g: Tensor | None, lift: Tensor | None, stream
 ) -> None:
     of_g = dict(g=g, lift=lift, g_rows=sums.g_rows, g_cols=sums.g_cols, scaled=sums.scaled, stream=stream)
     if isinstance(c, Sigmoid):
@@ -247,10 +205,6 @@ def _launch(
     if col is not None:
         sides |= dict(col_weight=col.weight, col_lse=col.lse, col_offset=col.offset)
     _C.grad(block, **sides, **of_g, about=c.about)
-
-
-def _lift(row: _Side, col: _Side | None) -> Tensor:
-    return tiled.lift([v for side in (row, col) if side is not None for v in (side.weight, side.offset)])
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------------
@@ -271,8 +225,8 @@ class _Arguments(NamedTuple):
 
     @staticmethod
     def of(p: Problem) -> _Arguments:
-        x = _aligned(p.x)
-        y = x if p.triangular else _aligned(p.y)
+        x = tiled.aligned(p.x.detach(), 8)  # columns: TMA wants rows of 16 bytes
+        y = x if p.triangular else tiled.aligned(p.y.detach(), 8)
         biases = (None if v is None else _pad(v.detach()) for v in (p.row_bias, p.col_bias))
         centers = (None if v is None else _pad(v) for v in (p.center, p.col_center))
         rows = _ids(p.rows)
@@ -305,19 +259,8 @@ def _ids(vectors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return id, torch.stack(id.unflatten(0, (-1, _C.TILE)).aminmax(dim=1), 1), *label
 
 
-def _pad(v: Tensor, value: float | None = None) -> Tensor:
-    return tiled.pad(v, _C.TILE, value)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x (N, D), or a copy with zeros up to the next multiple of 8 columns: TMA wants 16-byte aligned rows."""
-    x = x.detach()
-    (N, D), (row, element) = x.shape, x.stride()
-    if element == 1 and row >= D and D % 8 == 0 and row % 8 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    padded = x.new_zeros(N, -(-D // 8) * 8)
-    padded[:, :D] = x
-    return padded
+def _pad(v: Tensor) -> Tensor:
+    return tiled.pad(v, _C.TILE)
 
 
 @contextlib.contextmanager
@@ -341,13 +284,9 @@ def _whole(lines: slice) -> int:
     return _tiles(lines) * _C.TILE
 
 
-def _blocks(p: Problem, cells: float) -> Iterator[tuple[slice, slice]]:
-    return tiled.blocks(p, cells, _C.TILE)
-
-
 def _strips(p: Problem, cells: float) -> Iterator[tuple[slice, slice]]:
-    """The same, with strips in place of the blocks on the diagonal of S = S^T: each goes from its diagonal to the right."""
-    for i, j in _blocks(p, cells):
+    """Blocks, with strips in place of the blocks on the diagonal of S = S^T: each goes from its diagonal to the right."""
+    for i, j in tiled.blocks(p, cells, _C.TILE):
         if p.triangular and i == j:
             for strip in tiled.pieces(i, -(-(i.stop - i.start) // _STRIPS), _C.TILE):
                 yield strip, slice(strip.start, i.stop)

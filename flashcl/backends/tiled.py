@@ -1,70 +1,23 @@
-"""What the backends with kernels share: how S is cut into blocks, and how vectors beside it are laid out for whole tiles."""
+"""What the backends with kernels share: how S is cut into blocks, how vectors are laid out for whole tiles, and what becomes
+of the numbers that the kernels leave for every tile."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashcl.engine.problem import LogSumExp, Problem
+from flashcl.engine.problem import LogSumExp, Problem, Sigmoid, Softmax, Statistics
+
+# Bound on the largest temporary of a call: the block of G in the backward, the statistics of the tiles in the forward.
+# 16k x 16k elements of 16 bits: blocks so large that adding them up in dx and dy costs nothing beside the GEMMs.
+WORKSPACE = 512 * 2**20
 
 
-def whole(size: int, tile: int) -> int:
-    """size rounded up to whole tiles"""
-    return -(-size // tile) * tile
-
-
-def pad(v: Tensor, tile: int, value: float | None = None) -> Tensor:
-    """v (..., n), contiguous, with n rounded up to whole tiles: loads need no mask then.
-
-    What is added is `value`, or the last element again: ids beyond it could make a tile look for equal ones.
-    """
-    missing = -v.shape[-1] % tile
-    if missing == 0:
-        return v.contiguous()
-    last = v[..., -1:] if value is None else v.new_full((), value)
-    return torch.cat([v, last.expand(*v.shape[:-1], missing)], dim=-1)
-
-
-def room(p: Problem, n: int) -> LogSumExp:
-    """Of n lines of p, for the statistics of all blocks to be folded into; where there is no block they are of no pair."""
-    if len(p.x) == 0 or len(p.y) == 0:
-        return LogSumExp.of_no_pair(p, n)
-    return LogSumExp(torch.empty(p.classes, 2, n, dtype=p.stat_dtype, device=p.x.device))
-
-
-def no_deviation(center: Tensor | None, n: int) -> Tensor | None:
-    return None if center is None else torch.zeros(n, dtype=torch.float64, device=center.device)
-
-
-def first_and_last(p: Problem, i: slice, j: slice) -> tuple[tuple[bool, bool], tuple[bool, bool]]:
-    """Whether the block of rows i and columns j is the first and the last one that its rows meet; and its columns.
-
-    A line of a triangular problem is a column to the blocks above the diagonal first, then a row.
-    """
-    of_rows = j.start == 0, j.stop == len(p.y)
-    return of_rows, (i.start == 0, i.stop == len(p.x) and not p.triangular)
-
-
-def folded_weight(weight: Tensor, lse: LogSumExp) -> Tensor:
-    """weight exp(-rest), (K, N), so that exp(s - top) is all that is left to a kernel.
-
-    exp(-rest) is 1 - rest to the rounding of s itself: rest is at most half a unit in the last place of top.
-    """
-    return torch.addcmul(weight, weight, lse.rest, value=-1)
-
-
-def lift(vectors: list[Tensor | None]) -> Tensor:
-    """A power of two, (1,), that brings the largest possible |G| to 2^14: float16 ends at 2^16 and begins at 2^-24.
-
-    vectors: weights and offsets, G is at most their sum. Computed on the device: the host must not wait for it. A NaN among
-    the weights must not spoil the other rows.
-    """
-    largest = sum(v.nan_to_num(0.0, 0.0, 0.0).abs().amax() for v in vectors if v is not None)
-    exponent = 14 - torch.log2(largest).ceil()
-    return torch.exp2(exponent.clamp(-100, 100)).reshape(1)  # exponent is inf where all weights are 0
+# ---- blocks --------------------------------------------------------------------------------------------------------------
 
 
 def blocks(p: Problem, cells: float, tile: int) -> Iterator[tuple[slice, slice]]:
@@ -89,3 +42,150 @@ def pieces(lines: slice, limit: int, tile: int) -> list[slice]:
     count = max(-(-size // limit), 1)
     length = max(whole(-(-size // count), tile), tile)
     return [slice(at, min(at + length, lines.stop)) for at in range(lines.start, lines.stop, length)]
+
+
+# ---- layout --------------------------------------------------------------------------------------------------------------
+
+
+def whole(size: int, tile: int) -> int:
+    """size rounded up to whole tiles"""
+    return -(-size // tile) * tile
+
+
+def pad(v: Tensor, tile: int, value: float | None = None) -> Tensor:
+    """v (..., n), contiguous, with n rounded up to whole tiles: loads need no mask then.
+
+    What is added is `value`, or the last element again: ids beyond it could make a tile look for equal ones.
+    """
+    missing = -v.shape[-1] % tile
+    if missing == 0:
+        return v.contiguous()
+    last = v[..., -1:] if value is None else v.new_full((), value)
+    return torch.cat([v, last.expand(*v.shape[:-1], missing)], dim=-1)
+
+
+def aligned(x: Tensor, multiple: int) -> Tensor:
+    """x (N, D), or a copy with zeros up to the next multiple of columns: contiguous rows that begin at multiples of 16 bytes.
+
+    A copy costs O(N D), loads of single elements cost a factor in everything that is O(N M D). It is also made where the
+    256 rows of the largest tile would be out of reach of an int32.
+    """
+    (N, D), (row, element) = x.shape, x.stride()
+    whole = element == 1 and row >= D and D % multiple == 0 and row % multiple == 0 and x.data_ptr() % 16 == 0
+    if whole and 256 * row < 2**31:
+        return x
+    padded = x.new_zeros(N, -(-D // multiple) * multiple)
+    padded[:, :D] = x
+    return padded
+
+
+# ---- sweep ---------------------------------------------------------------------------------------------------------------
+
+
+class _Totals(NamedTuple):
+    """Statistics of all lines (rows or columns), to which those of blocks are added."""
+
+    lse: LogSumExp
+    deviation: Tensor | None  # (n,) float64
+
+    @staticmethod
+    def of(p: Problem, n: int, center: Tensor | None) -> _Totals:
+        if len(p.x) and len(p.y):
+            lse = LogSumExp(torch.empty(p.classes, 2, n, dtype=p.stat_dtype, device=p.x.device))
+        else:  # there will be no block
+            lse = LogSumExp.of_no_pair(p, n)
+        return _Totals(lse, None if center is None else torch.zeros(n, dtype=torch.float64, device=p.x.device))
+
+    def add(self, fold: Callable, lines: NamedTuple, at: slice, *, first: bool, last: bool) -> None:
+        fold(lines.sums, self.lse.parts[:, :, at], first=first, last=last)
+        if self.deviation is not None:
+            self.deviation[at].add_(lines.deviation.sum(0, dtype=torch.float64)[: at.stop - at.start])
+
+
+def sweep(p: Problem, need_cols: bool, cells: float, tile: int, launch: Callable, fold: Callable) -> Statistics:
+    """Statistics of all blocks of at most `cells` logits, whose edges are multiples of `tile`.
+
+    launch(i, j, diagonal, need_cols) sweeps a block and returns what that left of every tile, along the rows i and along the
+    columns j (None where not needed): `sums` (K, 2, tiles, n) and `deviation` (tiles, n), n rounded up to whole tiles.
+    fold(sums, out, first=, last=) adds them to `out` (K, 2, n), whose first block is the first, and whose last makes it a LogSumExp.
+    """
+    row = _Totals.of(p, len(p.x), p.center)
+    col = row if p.triangular else _Totals.of(p, len(p.y), p.col_center) if need_cols else None
+    for i, j in blocks(p, cells, tile):
+        diagonal = p.triangular and i == j
+        rows, cols = launch(i, j, diagonal, col is not None and not diagonal)
+        # A line of a triangular problem is a column to the blocks above the diagonal first, then a row.
+        row.add(fold, rows, i, first=j.start == 0, last=j.stop == len(p.y))
+        if cols is not None:
+            col.add(fold, cols, j, first=i.start == 0, last=i.stop == len(p.x) and not p.triangular)
+    if p.triangular or col is None:
+        return Statistics(row.lse, None, row.deviation)
+    return Statistics(row.lse, col.lse, row.deviation, col.deviation)
+
+
+# ---- grad ----------------------------------------------------------------------------------------------------------------
+
+
+class Side(NamedTuple):
+    """The coefficients of G along the rows, or along the columns; n is rounded up to whole tiles."""
+
+    weight: Tensor  # (K, n); (n,) with Sigmoid coefficients
+    lse: Tensor | None = None  # (K, n); None with Sigmoid coefficients
+    offset: Tensor | None = None  # (n,)
+
+    def at(self, lines: slice) -> Side:
+        """Of the lines from lines.start on. Only the last dimension is cut: a class is as far from the next one as before."""
+        return Side(*(None if v is None else v[..., lines.start :] for v in self))
+
+
+def sides(p: Problem, c: Softmax | Sigmoid, tile: int) -> tuple[Side, Side | None]:
+    """Of all rows and of all columns; a triangular problem has one for both."""
+    if isinstance(c, Sigmoid):
+        return Side(pad(c.row_weight, tile, 0.0)), None
+    row = _side(c.row_weight, c.row_lse, c.row_offset, tile)
+    if p.triangular:
+        return row, row
+    return row, None if c.col_weight is None else _side(c.col_weight, c.col_lse, c.col_offset, tile)
+
+
+def _side(weight: Tensor, lse: LogSumExp, offset: Tensor | None, tile: int) -> Side:
+    weight, top = pad(_folded(weight, lse), tile, 0.0), pad(lse.top, tile, torch.inf)
+    return Side(weight, top, None if offset is None else pad(offset, tile, 0.0))
+
+
+def _folded(weight: Tensor, lse: LogSumExp) -> Tensor:
+    """weight exp(-rest), (K, N), so that exp(s - top) is all that is left to a kernel.
+
+    exp(-rest) is 1 - rest to the rounding of s itself: rest is at most half a unit in the last place of top.
+    """
+    return torch.addcmul(weight, weight, lse.rest, value=-1)
+
+
+def lift(vectors: list[Tensor | None]) -> Tensor:
+    """A power of two, (1,), that brings the largest possible |G| to 2^14: float16 ends at 2^16 and begins at 2^-24.
+
+    vectors: weights and offsets, G is at most their sum. Computed on the device: the host must not wait for it. A NaN among
+    the weights must not spoil the other rows.
+    """
+    largest = sum(v.nan_to_num(0.0, 0.0, 0.0).abs().amax() for v in vectors if v is not None)
+    exponent = 14 - torch.log2(largest).ceil()
+    return torch.exp2(exponent.clamp(-100, 100)).reshape(1)  # exponent is inf where all weights are 0
+
+
+def lift_of_sides(row: Side, col: Side | None, dtype: torch.dtype) -> Tensor | None:
+    """The same for a G that is rounded to dtype; None where its range is that of float32."""
+    if dtype != torch.float16:
+        return None
+    return lift([v for side in (row, col) if side is not None for v in (side.weight, side.offset)])
+
+
+def unlift_(lift: Tensor | None, *gradients: Tensor | None) -> None:
+    for d in gradients:
+        if lift is not None and d is not None:
+            d /= lift
+
+
+def add_lines_(total: Tensor | None, at: slice, sums: Tensor | None) -> None:
+    """total[at] += what all tiles left of these lines, (tiles, n rounded up)."""
+    if total is not None:
+        total[at].add_(sums.sum(0)[: at.stop - at.start])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from flashcl.backends import tiled
 from flashcl.backends.gemm import addmm_, mm
 from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
 
@@ -28,9 +29,9 @@ _CPU_TILE, _GPU_TILE = (1024, 512), (4096, 4096)
 # N <= 4096, so that small problems do the 6 N M D of the dense formula. On a GPU the recomputation is cheap.
 _KEPT_BYTES = 64 * 2**20
 
-# Terms of exp(s - top) below the smallest normal number, 1e-38, may be lost. A tile has 1024 of them in a line at most:
-# beside a sum of this size they are 1e-8.
-_SAFE_SUM = 1e-27
+# The lines of a tile may share one exp per logit, exp(s - top), where no sum is below this: e^-16. s - top is rounded by half a
+# unit in the last place of the spread, which at 16 is 5e-7 of a term.
+_SAFE_SUM = 1e-7
 
 # The log-sum-exps of a tile may share one exp per logit, exp(s - low) * exp(low - lse), where they lie this close above
 # low. Overflow would allow 60; but s - low is rounded by up to half a unit in the last place of the spread, which at 8 is
@@ -305,8 +306,7 @@ def grad(
     kept: Tensor | None = None,
 ) -> Grads:
     tiles = _Tiles(p, kept=kept)
-    # 16-bit operands get a G in their dtype, lifted by a power of two into the middle of its range.
-    lift = _lift(c) if tiles.operand_dtype.itemsize == 2 else None
+    lift = _lift(c) if tiles.operand_dtype == torch.float16 else None
 
     total = Grads.zeros(p, c, needs)
     dx, dy = total.dx, total.dy
@@ -336,8 +336,7 @@ def grad(
                 total.g_rows[i] += g.sum(1)
             if needs.col_bias:
                 total.g_cols[j] += g.sum(0)
-            if lift is not None:
-                g = (g * lift).to(tiles.operand_dtype)
+            g = (g if lift is None else g * lift).to(tiles.operand_dtype)
             if dx is not None:
                 addmm_(dx[i], g, y)
             if dy is not None:
@@ -345,10 +344,7 @@ def grad(
             if p.triangular and dx is not None and j.start > i.start:
                 addmm_(dx[j], g.T, x)
 
-    if lift is not None:
-        for d in (dx, dy):
-            if d is not None:
-                d.div_(lift)
+    tiled.unlift_(lift, dx, dy)
     return total
 
 
@@ -408,8 +404,4 @@ def _common_shift(row: tuple[float, float], col: tuple[float, float]) -> float |
 
 
 def _lift(c: Softmax | Sigmoid) -> Tensor:
-    """A power of two, (1,), that brings the largest possible |G| to 2^14: float16 ends at 2^16 and begins at 2^-24."""
-    vectors = [c.row_weight] if isinstance(c, Sigmoid) else [c.row_weight, c.col_weight, c.row_offset, c.col_offset]
-    largest = sum(v.abs().amax() for v in vectors if v is not None)
-    lift = torch.exp2(14 - torch.log2(largest).ceil())
-    return torch.where(lift.isfinite() & (lift > 0), lift, 1.0)
+    return tiled.lift([c.row_weight] if isinstance(c, Sigmoid) else [c.row_weight, c.col_weight, c.row_offset, c.col_offset])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flashcl.backends import tiled
 from flashcl.backends.gemm import addmm_
-from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
+from flashcl.engine.problem import Grads, Needs, Problem, Sigmoid, Softmax, Statistics
 from flashcl.triton_kernels import config, grad as grad_kernels, rows as row_kernels, sweep as sweep_kernels
 from flashcl.triton_kernels.grad import Side, Sums
 from flashcl.triton_kernels.programs import PROGRAMS
@@ -40,7 +40,7 @@ class Plan:
 
     tile: config.Tile
     square: config.Tile  # of the blocks on the diagonal of a triangular problem
-    workspace: int = config.WORKSPACE
+    workspace: int = tiled.WORKSPACE
 
     @classmethod
     def of(cls, p: Problem, kernel: str) -> Plan:
@@ -73,32 +73,23 @@ def kept_elements(p: Problem) -> int:
 def sweep(p: Problem, *, need_cols: bool, keep: bool = False, plan: Plan | None = None) -> Statistics:
     plan = plan or Plan.of(p, "sweep2" if _many_vectors(p) else "sweep")
     p, program = _loadable(p), PROGRAMS[p.program]
-    row = tiled.room(p, len(p.x))
-    col = row if p.triangular else tiled.room(p, len(p.y)) if need_cols else None
-    sides = (p.center, len(p.x)), (p.col_center, len(p.y))
-    deviation, col_deviation = (tiled.no_deviation(center, n) for center, n in sides)
+    col_center = p.center if p.triangular else p.col_center
 
-    for i, j in tiled.blocks(p, plan.workspace / _bytes_of_sums(p, plan), plan.step()):
-        diagonal = p.triangular and i == j
+    def launch(i: slice, j: slice, diagonal: bool, need_cols: bool) -> tuple[Lines, Lines | None]:
         tile = plan.square if diagonal else plan.tile
         x, y, block = _block(p, i, j)
         tiles_n, tiles_m = cdiv(block.N, tile.BN), cdiv(block.M, tile.BM)
-        col_center = p.center if p.triangular else p.col_center
         rows = _lines(p, p.center, tiles_m, tiles_n * tile.BN, i)
-        cols = None if col is None else rows if diagonal else _lines(p, col_center, tiles_n, tiles_m * tile.BM, j)
-        sweep_kernels.sweep(x, y, block, rows, cols, None, program, diagonal, tile)
-        sides = (rows, row, deviation, i), (cols, col, deviation if p.triangular else col_deviation, j)
-        sides = list(zip(sides, tiled.first_and_last(p, i, j)))[: 1 if diagonal or col is None else 2]
-        for (lines, out, total, at), (first, last) in sides:
-            sweep_kernels.fold(lines.sums, out.parts[:, :, at], first=first, last=last)
-            if total is not None:
-                total[at].add_(lines.deviation.sum(0, dtype=torch.float64)[: at.stop - at.start])
-    has_cols = need_cols and not p.triangular
-    return Statistics(row, col if has_cols else None, deviation, col_deviation)
+        cols = _lines(p, col_center, tiles_n, tiles_m * tile.BM, j) if need_cols else None
+        sweep_kernels.sweep(x, y, block, rows, rows if diagonal else cols, None, program, diagonal, tile)
+        return rows, cols
+
+    cells = plan.workspace / _bytes_of_sums(p, plan)
+    return tiled.sweep(p, need_cols, cells, plan.step(), launch, sweep_kernels.fold)
 
 
 def _lines(p: Problem, center: Tensor | None, tiles: int, n: int, at: slice) -> Lines:
-    sums = torch.empty(p.classes, 2, tiles, n, device=p.x.device)
+    sums = torch.empty(p.classes, 2, tiles, n, dtype=torch.float32, device=p.x.device)
     return Lines(sums) if center is None else Lines(sums, center[at.start :], sums.new_empty(tiles, n))
 
 
@@ -109,13 +100,13 @@ def _bytes_of_sums(p: Problem, plan: Plan) -> float:
 
 def sweep_softplus(p: Problem, *, plan: Plan | None = None) -> Tensor:
     plan = plan or Plan.of(p, "sweep")
-    p, program = _loadable(dataclasses.replace(p, triangular=False)), PROGRAMS[p.program]
-    total = torch.zeros(len(p.x), device=p.x.device)
+    p, program = _loadable(p), PROGRAMS[p.program]
+    total = torch.zeros(len(p.x), dtype=torch.float32, device=p.x.device)
     for i, j in tiled.blocks(p, plan.workspace / _bytes_of_sums(p, plan), plan.step()):
         x, y, block = _block(p, i, j)
-        sums = torch.empty(cdiv(block.M, plan.tile.BM), tiled.whole(block.N, plan.tile.BN), device=x.device)
+        sums = total.new_empty(cdiv(block.M, plan.tile.BM), tiled.whole(block.N, plan.tile.BN))
         sweep_kernels.sweep(x, y, block, None, None, sums, program, False, plan.tile)
-        total[i].add_(sums.sum(0)[: block.N])
+        tiled.add_lines_(total, i, sums)
     return total
 
 
@@ -135,17 +126,11 @@ def grad(
     kept: Tensor | None = None,
     plan: Plan | None = None,
 ) -> Grads:
-    if p.triangular and isinstance(c, Sigmoid):  # no loss asks for this: walk all of S
-        p = dataclasses.replace(p, triangular=False)
-        full = grad(p, c, Needs(x=needs.x, y=needs.x, scale=needs.scale), plan=plan)
-        return Grads(full.dx + full.dy if needs.x else None, None, d_scale=full.d_scale, row_sum=full.row_sum)
-
     plan = plan or Plan.of(p, _grad_row(p, c, needs.scale))
-    row, col = _sides(p, c)
-    lift = _lift(row, col) if p.x.dtype == torch.float16 else None
-
+    row, col = tiled.sides(p, c, config.LARGEST)
+    lift = tiled.lift_of_sides(row, col, p.x.dtype)
     total, D = Grads.zeros(p, c, needs), p.x.shape[1]
-    dx, dy, lines = total.dx, total.dy, (total.g_rows, total.g_cols, total.row_sum)
+    dx, dy = total.dx, total.dy
     need_g = dx is not None or dy is not None
 
     p, program = _loadable(p), PROGRAMS[p.program]
@@ -159,14 +144,14 @@ def grad(
             shape = tiled.whole(block.N, tile.BN), tiled.whole(block.M, tile.BM)
             buffer = torch.empty(math.prod(shape), dtype=x.dtype, device=x.device) if buffer is None else buffer
             padded = buffer[: math.prod(shape)].view(shape)
-        scaled = torch.empty(grad_kernels.grid(block, tile, diagonal), device=x.device) if needs.scale else None
+        scaled = torch.empty(grad_kernels.grid(block, tile, diagonal), dtype=torch.float32, device=x.device) if needs.scale else None
         about = c.about if needs.scale and isinstance(c, Softmax) else None
-        sums = _sums_of_tiles(lines, block, tile, scaled, about)
-        grad_kernels.grad(x, y, block, _part(row, i), _part(col, j), padded, lift, sums, program, diagonal, tile)
+        sums = _sums_of_tiles(total, block, tile, scaled, about)
+        grad_kernels.grad(x, y, block, _side(row, i), _side(col, j), padded, lift, sums, program, diagonal, tile)
 
-        for of_lines, part, at in zip(lines, sums, (i, j, i)):  # not of the scale, which has no lines
-            if of_lines is not None:
-                of_lines[at].add_(part.sum(0)[: at.stop - at.start])
+        tiled.add_lines_(total.g_rows, i, sums.g_rows)
+        tiled.add_lines_(total.g_cols, j, sums.g_cols)
+        tiled.add_lines_(total.row_sum, i, sums.softplus)
         if needs.scale:
             total.d_scale.add_(sums.scaled.sum(dtype=torch.float64))
         if need_g:
@@ -178,9 +163,7 @@ def grad(
             if p.triangular and not diagonal:
                 addmm_(dx[j], g.T, x[:, :D])
 
-    for d in (dx, dy):
-        if lift is not None and d is not None:
-            d /= lift
+    tiled.unlift_(lift, dx, dy)
     return total
 
 
@@ -193,41 +176,20 @@ def _grad_row(p: Problem, c: Softmax | Sigmoid, need_scale: bool) -> str:
     return "grad2" if _many_vectors(p) or (need_scale and ragged) else "grad"
 
 
-def _sides(p: Problem, c: Softmax | Sigmoid) -> tuple[Side, Side | None]:
-    """The coefficients of all rows and of all columns."""
-    if isinstance(c, Sigmoid):
-        return Side(_pad(c.row_weight, 0.0), None, 0, None), None
-    row = _side(c.row_weight, c.row_lse, c.row_offset)
-    if p.triangular:
-        return row, row
-    return row, None if c.col_weight is None else _side(c.col_weight, c.col_lse, c.col_offset)
-
-
-def _side(weight: Tensor, lse: LogSumExp, offset: Tensor | None) -> Side:
-    weight, top = _pad(tiled.folded_weight(weight, lse), 0.0), _pad(lse.top, torch.inf)
-    return Side(weight, top, weight.shape[1], None if offset is None else _pad(offset, 0.0))
-
-
-def _part(side: Side | None, at: slice) -> Side | None:
-    """The coefficients of the rows, or of the columns, from at.start on."""
+def _side(side: tiled.Side | None, at: slice) -> Side | None:
+    """The coefficients of the rows, or of the columns, from at.start on, as the kernel takes them."""
     if side is None:
         return None
-    weight, lse, offset = (None if v is None else v[..., at.start :] for v in (side.weight, side.lse, side.offset))
-    return Side(weight, lse, side.stride, offset)
+    weight, lse, offset = side.at(at)
+    return Side(weight, lse, 0 if lse is None else weight.stride(0), offset)
 
 
-def _sums_of_tiles(
-    lines: tuple[Tensor | None, ...], block: Block, tile: config.Tile, scaled: Tensor | None, about: Tensor | None
-) -> Sums:
+def _sums_of_tiles(total: Grads, block: Block, tile: config.Tile, scaled: Tensor | None, about: Tensor | None) -> Sums:
     """Room for the sums of every tile, of those lines that are wanted."""
     along_rows = cdiv(block.M, tile.BM), tiled.whole(block.N, tile.BN)
     along_cols = cdiv(block.N, tile.BN), tiled.whole(block.M, tile.BM)
-    shapes = along_rows, along_cols, along_rows
-    return Sums(*(None if v is None else v.new_empty(shape) for v, shape in zip(lines, shapes)), scaled, about)
-
-
-def _lift(row: Side, col: Side | None) -> Tensor:
-    return tiled.lift([v for side in (row, col) if side is not None for v in (side.weight, side.offset)])
+    wanted = (total.g_rows, along_rows), (total.g_cols, along_cols), (total.row_sum, along_rows)
+    return Sums(*(None if v is None else v.new_empty(shape) for v, shape in wanted), scaled, about)
 
 
 # ---- blocks --------------------------------------------------------------------------------------------------------------
@@ -235,32 +197,17 @@ def _lift(row: Side, col: Side | None) -> Tensor:
 
 def _loadable(p: Problem) -> Problem:
     """With embeddings and vectors as the kernels read them: copied, once, where they are not."""
-    x = _aligned(p.x)
-    y = x if p.triangular else _aligned(p.y)
+    x = tiled.aligned(p.x, 16)  # columns: no tile of the products is ragged then
+    y = x if p.triangular else tiled.aligned(p.y, 16)
     rows, cols = tuple(map(_pad, p.rows)), tuple(map(_pad, p.cols))
     names = "row_bias", "col_bias", "center", "col_center"
     vectors = {name: _pad(v) for name in names if (v := getattr(p, name)) is not None}
     return dataclasses.replace(p, x=x, y=y, rows=rows, cols=cols, **vectors)
 
 
-def _pad(v: Tensor, value: float | None = None) -> Tensor:
+def _pad(v: Tensor) -> Tensor:
     """For tiles of any size."""
-    return tiled.pad(v, config.LARGEST, value)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x (N, D), or a copy with zeros up to the next multiple of 16 columns, so that rows are loaded 16 bytes at a time.
-
-    A copy costs O(N D), loads of single elements cost a factor in everything that is O(N M D). It is also made where the
-    256 rows of the largest tile would be out of reach of an int32.
-    """
-    (N, D), (row, element) = x.shape, x.stride()
-    whole = element == 1 and row >= D and D % 16 == 0 and row % 16 == 0 and x.data_ptr() % 16 == 0
-    if whole and 256 * row < 2**31:
-        return x
-    padded = x.new_zeros(N, -(-D // 16) * 16)
-    padded[:, :D] = x
-    return padded
+    return tiled.pad(v, config.LARGEST)
 
 
 def _block(p: Problem, i: slice, j: slice) -> tuple[Tensor, Tensor, Block]:

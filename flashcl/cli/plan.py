@@ -21,7 +21,9 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flashcl.engine.blocks import chosen
+from flashcl.backends.tiled import WORKSPACE
+from flashcl.engine.blocks import choose_strategy
+from flashcl.engine.ranks import MESSAGE, Group
 
 # Dense 16-bit matrix rate in FLOP/s and memory in bytes, as the makers publish them. A measured rate is lower: --calibrate.
 GPUS = {
@@ -31,8 +33,6 @@ GPUS = {
     "b200": (2250e12, 180e9),
 }
 LOSSES = ("info_nce", "siglip", "nt_xent", "sup_con")
-CHUNK, WORKSPACE = 32 * 2**20, 512 * 2**20  # the defaults of flashcl.Group and of the backends
-MESSAGE = 1024
 STATISTIC = 4  # bytes of a float32; gradients, log-sum-exps
 
 
@@ -58,7 +58,7 @@ class Plan:
     dim: int
     ranks: int
     itemsize: int = 2
-    chunk: int = CHUNK
+    chunk: int = Group.chunk_bytes
     learnable_scale: bool = True
 
     @property
@@ -194,7 +194,7 @@ def run(args) -> int:
     header = f"{'strategy':<10}{'walk':<22}{'compute ms':>12}{'sent MB':>12}{'comm ms':>10}{'exposed ms':>12}"
     print(header)
     line_bytes = args.dim * plan.itemsize
-    auto = chosen("auto", plan.lines * args.gpus, line_bytes, plan.chunk)
+    auto = choose_strategy("auto", plan.lines * args.gpus, line_bytes, plan.chunk)
     for strategy in ("gather", "ring"):
         total = 0.0
         for walk in plan.walks(strategy):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from flashcl.engine import ops
 from flashcl.engine.positives import Partner, SameLabel
-from flashcl.engine.problem import LogSumExp, Needs, Problem, Sigmoid, Softmax
+from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ def log_sum_exp(
     need_cols: bool,
     backend: str,
 ) -> Masses:
+    y, col_bias = _another(y, x), _another(col_bias, row_bias)
     return Masses(
         *_LogSumExp.apply(x, y, *_statistic_dtype(x, logit_scale, row_bias, col_bias), pairs, need_cols, backend)
     )
@@ -78,11 +79,16 @@ def softplus_sum(
     backend: str,
 ) -> Tensor:
     """(N,) float64 or, not per_row, their sum: then gradients are made in the forward sweep, and backward only scales them."""
-    logit_scale, row_bias, _ = _statistic_dtype(x, logit_scale, row_bias, None)
+    y, (logit_scale, row_bias) = _another(y, x), _statistic_dtype(x, logit_scale, row_bias)
     # Inside an autograd function no_grad does not show: without it the gradients would be made all the same.
     each = per_row or not torch.is_grad_enabled()
     loss = _SoftplusSum.apply(x, y, logit_scale, row_bias, pairs, each, backend)
     return loss if per_row else loss.sum()
+
+
+def _another(b: Tensor | None, a: Tensor | None) -> Tensor | None:
+    """b, as a tensor of its own where it is a: torch.compile passes no tensor twice to an autograd function."""
+    return b.view_as(b) if b is not None and b is a else b
 
 
 def _statistic_dtype(x: Tensor, logit_scale: Tensor, *biases: Tensor | None) -> list[Tensor | None]:
@@ -143,15 +149,15 @@ class _LogSumExp(torch.autograd.Function):
         else:
             row_weight, col_weight = (None if d is None else d.to(problem.stat_dtype)[None] for d in (d_row, d_col))
             c = Softmax(row_weight, row, col_weight, col, about=about)
-        where = ctx.backend, ctx.pairs.group
-        g = _gradients(problem, c, positives, d_pos, x.dtype, _needs(ctx), *where, beside, kept)
-        return g.dx, g.dy, g.d_scale, g.d_row_bias, g.d_col_bias, None, None, None
+        needs = _needs(*ctx.needs_input_grad[:5])
+        where = dict(backend=ctx.backend, group=ctx.pairs.group)
+        g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=x.dtype, beside=beside, kept=kept, **where)
+        return g.dx, g.dy, g.d_scale, g.g_rows, g.g_cols, None, None, None
 
 
-def _needs(ctx) -> Needs:
-    """Of both autograd functions: where _LogSumExp has its column bias, _SoftplusSum has no tensor, which needs no gradient."""
-    x, y, scale, row_bias, col_bias = ctx.needs_input_grad[:5]
-    return Needs(x, y, row_bias, col_bias, scale)
+def _needs(x: bool, y: bool, scale: bool, row_bias: bool, col_bias: bool = False) -> Needs:
+    """Of the tensors of an autograd function, in their order there."""
+    return Needs(x=x, y=y, row_bias=row_bias, col_bias=col_bias, scale=scale)
 
 
 def _or_zeros(upstream: Tensor | None, row: LogSumExp) -> Tensor:
@@ -216,7 +222,7 @@ class _SoftplusSum(torch.autograd.Function):
         pos = _logits(products, problem)
         of_positive = torch.nn.functional.softplus(-pos, threshold=50.0)
         d_pos = torch.expm1(-of_positive)  # -sigmoid(-pos), from exp(-softplus(-pos)) = sigmoid(pos)
-        needs = _needs(ctx)
+        needs = _needs(*ctx.needs_input_grad[:4])
         if per_row or not any(needs):
             ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos)
             row = ops.sweep_softplus(problem, backend=backend, group=pairs.group) + of_positive
@@ -224,8 +230,9 @@ class _SoftplusSum(torch.autograd.Function):
         c = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype))
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
         beside = torch.dot(d_pos, products)
-        g = _gradients(problem, c, positives, d_pos, problem.stat_dtype, needs, backend, pairs.group, beside)
-        ctx.save_for_backward(g.dx, g.dy, g.d_scale, g.d_row_bias)
+        where = dict(backend=backend, group=pairs.group)
+        g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=problem.stat_dtype, beside=beside, **where)
+        ctx.save_for_backward(g.dx, g.dy, g.d_scale, g.g_rows)
         ctx.dtype = x.dtype
         return (g.row_sum + of_positive).sum()
 
@@ -236,9 +243,10 @@ class _SoftplusSum(torch.autograd.Function):
             x, y, logit_scale, row_bias, products, d_pos = ctx.saved_tensors
             problem, positives = _problem(x, y, logit_scale, row_bias, None, ctx.pairs), ctx.pairs.positives()
             c, d_pos = Sigmoid(upstream.to(problem.stat_dtype)), d_pos * upstream
-            where, beside = (ctx.backend, ctx.pairs.group), torch.dot(d_pos, products)
-            g = _gradients(problem, c, positives, d_pos, x.dtype, _needs(ctx), *where, beside)
-            return g.dx, g.dy, g.d_scale, g.d_row_bias, None, None, None
+            needs, beside = _needs(*ctx.needs_input_grad[:4]), torch.dot(d_pos, products)
+            where = dict(backend=ctx.backend, group=ctx.pairs.group)
+            g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=x.dtype, beside=beside, **where)
+            return g.dx, g.dy, g.d_scale, g.g_rows, None, None, None
         # The gradient of a column has come from the rows of all ranks already, each with an upstream gradient of 1.
         what = 'the upstream gradient of siglip (reduction="none" lets each rank have its own)'
         upstream = ops.same_on_all_ranks(upstream, what, ctx.pairs.group)
@@ -247,29 +255,20 @@ class _SoftplusSum(torch.autograd.Function):
         return dx, dy, d_scale, d_row_bias, None, None, None
 
 
-@dataclass(frozen=True)
-class _Gradients:
-    dx: Tensor | None  # (N, D)
-    dy: Tensor | None  # (M, D)
-    d_scale: Tensor | None  # (1,) statistic dtype
-    d_row_bias: Tensor | None  # (N,) statistic dtype
-    d_col_bias: Tensor | None  # (M,) statistic dtype
-    row_sum: Tensor | None  # (N,), with Sigmoid coefficients
-
-
-def _gradients(
+def _of_all_pairs(
     p: Problem,
     c: Softmax | Sigmoid,
     positives: Partner | SameLabel | None,
     d_pos: Tensor,  # (N,) float64: what reaches the mean positive logit of each row
-    dtype: torch.dtype,  # of dx and dy
     needs: Needs,
+    *,
+    dtype: torch.dtype,  # of dx and dy
+    beside: Tensor | float,  # what the gradient of logit_scale has beside that of the tiles
     backend: str,
     group: str,
-    beside: Tensor | float,  # what the gradient of logit_scale has beside that of the tiles
     kept: Tensor | None = None,
-) -> _Gradients:
-    """Of all pairs: those of the tiles and the positives beside them."""
+) -> Grads:
+    """The gradients of the tiles and of the positives beside them: as leaves receive them, d_scale (1,) statistic dtype."""
     g = ops.grad(p, c, needs, kept=kept, backend=backend, group=group)
     dx, dy, d_row_bias = g.dx, g.dy, g.g_rows
     if positives is None:
@@ -277,11 +276,5 @@ def _gradients(
     else:
         dx, dy = positives.finish(p, dx, dy, d_pos.to(p.stat_dtype), dtype, backend)
         d_row_bias = d_row_bias + d_pos.to(p.stat_dtype) if needs.row_bias else None
-    return _Gradients(
-        dx,
-        dy,
-        (g.d_scale + beside).to(p.stat_dtype).reshape(1) if needs.scale else None,
-        d_row_bias,
-        g.g_cols,
-        g.row_sum,
-    )
+    d_scale = (g.d_scale + beside).to(p.stat_dtype).reshape(1) if needs.scale else None
+    return replace(g, dx=dx, dy=dy, g_rows=d_row_bias, d_scale=d_scale)

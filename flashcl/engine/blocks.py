@@ -217,11 +217,11 @@ class Gather(_Exchange):
 
 def exchange(ranks: Ranks, y: Tensor, lines: list[int], share: Share, home: Tensor | None = None) -> Ring | Gather:
     """The strategy of the group, or of "auto"."""
-    kind = {"gather": Gather, "ring": Ring}[chosen(ranks.strategy, sum(lines), y.shape[1] * y.itemsize, ranks.chunk_bytes)]
+    kind = {"gather": Gather, "ring": Ring}[choose_strategy(ranks.strategy, sum(lines), y.shape[1] * y.itemsize, ranks.chunk_bytes)]
     return kind(ranks, y.contiguous(), lines, share, home)
 
 
-def chosen(strategy: str, lines: int, line_bytes: int, chunk_bytes: int) -> str:
+def choose_strategy(strategy: str, lines: int, line_bytes: int, chunk_bytes: int) -> str:
     """ "auto": the ring moves fewer bytes (no padding, half of a symmetric matrix); where one all-gather brings everything,
     its one latency counts for more than that."""
     if strategy != "auto":

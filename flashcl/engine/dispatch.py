@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from flashcl.engine.blocks import chosen
+from flashcl import checks
+from flashcl.engine.blocks import choose_strategy
+from flashcl.engine.problem import Backend
 from flashcl.engine.ranks import Group
 
 BACKENDS = ("cuda", "triton", "torch")  # fastest first; the last one serves everything
@@ -19,7 +20,7 @@ BACKENDS = ("cuda", "triton", "torch")  # fastest first; the last one serves eve
 VERIFIED: dict[str, frozenset[tuple[int, int]]] = {"cuda": frozenset(), "triton": frozenset()}
 
 
-def load(name: str) -> ModuleType:
+def load(name: str) -> Backend:
     """The module of a backend, imported when first used: `import flashcl` needs neither triton nor a compiler."""
     return importlib.import_module(f"flashcl.backends.{name}")
 
@@ -48,7 +49,9 @@ def explain(x: Tensor, y: Tensor | None = None, *, group: ProcessGroup | Group |
 
     With a group, how rows of the other ranks come here; nothing is sent, so that they are taken to hold as many as this one.
     Returns text of one line per backend, the chosen one marked, and one for the group.
+    Raises ValueError or TypeError for what the losses refuse.
     """
+    checks.embeddings(group, x=x, y=x if y is None else y)
     lines = [f"{len(x)} x {len(x if y is None else y)} logits of width {x.shape[1]}, {x.dtype} on {x.device}"]
     chosen = choose("auto", x)
     for name in BACKENDS:
@@ -64,7 +67,7 @@ def explain(x: Tensor, y: Tensor | None = None, *, group: ProcessGroup | Group |
 
 def _explain_group(group: Group, y: Tensor) -> str:
     ranks, line_bytes = group.process_group.size(), y.shape[1] * y.itemsize
-    size, strategy = ranks * len(y) * line_bytes, chosen(group.strategy, ranks * len(y), line_bytes, group.chunk_bytes)
+    size, strategy = ranks * len(y) * line_bytes, choose_strategy(group.strategy, ranks * len(y), line_bytes, group.chunk_bytes)
     rows = f"the rows of all ranks take about {size / 2**20:.1f} MiB"
     reason = {
         "gather": f"{rows}, no more than one all-gather of {group.chunk_bytes / 2**20:.1f} MiB brings: one wait, not {ranks - 1}",
@@ -86,3 +89,9 @@ def _passed_over(name: str, device: torch.device, dtype: torch.dtype) -> str | N
     if capability not in VERIFIED[name]:
         return f"not verified on sm_{capability[0]}{capability[1]}: ask for it by backend={name!r}"
     return None
+
+
+# torch.compile takes the answers as constants: it cannot trace how drivers and extensions are looked at. This is what
+# torch.compiler.assume_constant_result does; to call that would import torch._dynamo, and triton with it.
+for _answer in (unusable, _passed_over):
+    _answer._dynamo_marked_constant = True

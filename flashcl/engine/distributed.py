@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from types import ModuleType
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from flashcl.engine import blocks
 from flashcl.engine.blocks import Block
-from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
+from flashcl.engine.problem import Backend, Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
 from flashcl.engine.ranks import Ranks
 
 
@@ -115,7 +114,7 @@ def _put(v: Tensor, at: list[slice], values: Tensor) -> None:
 # ---- sweep ---------------------------------------------------------------------------------------------------------------
 
 
-def sweep(backend: ModuleType, p: Problem, group: str, *, need_cols: bool) -> Statistics:
+def sweep(backend: Backend, p: Problem, group: str, *, need_cols: bool) -> Statistics:
     world = _World.meet("the statistics of a loss", p, group, symmetric=need_cols)
     p, need_cols = world.p, need_cols or world.p.triangular
     row, col = (LogSumExp.of_no_pair(p, n) for n in (len(p.x), sum(world.lines)))
@@ -171,7 +170,7 @@ def _sum_over_ranks(world: _World, own: Tensor | None, others: Tensor | None) ->
     return world.ranks.all_reduce_(others)[world.own_lines()]
 
 
-def sweep_softplus(backend: ModuleType, p: Problem, group: str) -> Tensor:
+def sweep_softplus(backend: Backend, p: Problem, group: str) -> Tensor:
     world = _World.meet("the sums of a loss", p, group)
     total = torch.zeros(len(p.x), dtype=p.stat_dtype, device=p.x.device)
     for block in blocks.exchange(world.ranks, p.y, world.lines, world.share()).walk():
@@ -184,7 +183,7 @@ def sweep_softplus(backend: ModuleType, p: Problem, group: str) -> Tensor:
 
 
 def grad(
-    backend: ModuleType,
+    backend: Backend,
     p: Problem,
     c: Softmax | Sigmoid,
     needs: Needs,
@@ -197,8 +196,9 @@ def grad(
     dx, dy = total.dx, total.dy
     cols = None if isinstance(c, Sigmoid) else _coefficients_of_all(world, c)
     home = dx if p.triangular else dy
-    if world.ranks.partial and isinstance(c, Sigmoid):
-        home = None  # other rows give this rank's columns no gradient
+    columns_have_losses = p.triangular or (isinstance(c, Softmax) and c.col_weight is not None)
+    if world.ranks.partial and not columns_have_losses:
+        home = None  # the losses of other ranks' rows give this rank's columns no gradient
     exchange = blocks.exchange(world.ranks, p.y, world.lines, world.share(), home)
     for block in exchange.walk():
         if not len(block.y) or block.rows.start == block.rows.stop:

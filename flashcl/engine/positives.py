@@ -113,21 +113,22 @@ def _label_sums(x: Tensor, labels: Tensor, ordered: Tensor, slot: Tensor, weight
     x: (N, D). labels, ordered, slot: `SameLabel`. weights: (P, N). Returns: (P, N, D), of which the label of row i has the
     number slot[i], since how many labels there are is known to the device alone.
     """
-    sums = weights.new_zeros(*weights.shape, x.shape[1])
+    # float64: a label may have all rows, and float32 sums as long would show in the gradient of logit_scale.
+    sums = torch.zeros(*weights.shape, x.shape[1], dtype=torch.float64, device=x.device)
     if not group:
         _add_by_slot_(sums, x, slot, weights)
-        return sums
+        return sums.to(weights.dtype)
     for y, of_y, w in distributed.label_blocks(x, labels, weights, group):
         if len(labels):  # if not, the other ranks still need the rows of this one: walk on
             to = torch.searchsorted(ordered, of_y).clamp(max=len(labels) - 1)
             _add_by_slot_(sums, y, to, torch.where(ordered[to] == of_y, w, 0.0))  # 0 for labels that do not occur here
-    return sums
+    return sums.to(weights.dtype)
 
 
 def _add_by_slot_(sums: Tensor, x: Tensor, slot: Tensor, weights: Tensor) -> None:
     for total, each in zip(sums, weights):
         for a, k, w in _in_chunks(x, slot, each):
-            # On a GPU index_put_ sorts and so adds in a fixed order; index_add_ would add in any.
+            # On a GPU index_put_ sorts and so adds in a fixed order; index_add_ would add in any. On a CPU it does so in float64.
             total.index_put_((k,), a.to(total.dtype) * w[:, None], accumulate=True)
 
 

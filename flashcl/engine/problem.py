@@ -9,15 +9,16 @@ negative (class 0) or positive (class 1). Every backend holds the same programs 
     different   rows = (id,), cols = (id,): pairs with equal ids are dropped, all others are negatives
     by_label    rows = (id, label), cols = (id, label): equal ids are dropped, other pairs with equal labels are positives
 
-A block is all that a backend knows. Which block of y it is, and on which rank its rows live, is in the ids it is given:
-statistics of several blocks merge by logaddexp, and `grad` takes the merged ones, so that one block is like the whole.
+A backend is a module with the functions of `Backend`, below. A block is all that it knows: which block of y that is, and on
+which rank its rows live, is in the ids it is given. Statistics of several blocks merge by logaddexp, and `grad` takes the merged
+ones, so that one block is like the whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """The coefficients of G for the sum of softplus: G_ij = row_weight[i] sigmoid(s_ij)."""
+    """The coefficients of G for the sum of softplus: G_ij = row_weight[i] sigmoid(s_ij). The problem is not triangular."""
 
     row_weight: Tensor  # (N,)
 
@@ -185,20 +186,32 @@ class Grads:
         )
 
 
-# A backend is a module with
-#
-#   unusable(device: torch.device, dtype: torch.dtype) -> str | None
-#       why this backend cannot serve such tensors here, or None
-#   kept_elements(problem: Problem) -> int
-#       how much a sweep leaves for the backward: bounded, whatever N and M; from the sizes alone
-#   sweep(problem: Problem, *, need_cols: bool, keep: bool) -> Statistics
-#       log-sum-exps of every class along the rows and along the columns
-#   sweep_softplus(problem: Problem) -> Tensor
-#       (N,) stat_dtype: sum_j softplus(s_ij)
-#   partner_products(x: Tensor, y: Tensor, shift: int) -> Tensor
-#       (N,) float64: <x_i, y_j> with j = (i + shift) mod M
-#   finish(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor) -> None
-#       out_i = scale (acc_i + weight_i other_j), j = (i + shift) mod C; acc (R, D) stat_dtype, other (C, D) like x,
-#       weight (n,) stat_dtype: rows from n on, and all where there is none, are scale acc_i; out (R, D) may be acc
-#   grad(problem: Problem, coefficients: Softmax | Sigmoid, needs: Needs, *, kept: Tensor | None) -> Grads
-#       `kept` is what a sweep of the same problem left
+class Backend(Protocol):
+    """What a module of flashcl/backends provides."""
+
+    def unusable(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why it cannot serve such tensors here, or None."""
+
+    def kept_elements(self, problem: Problem) -> int:
+        """How much a sweep leaves for the backward: bounded, whatever N and M; from the sizes alone."""
+
+    def sweep(self, problem: Problem, *, need_cols: bool, keep: bool) -> Statistics:
+        """Log-sum-exps of every class along the rows and, where needed, along the columns."""
+
+    def sweep_softplus(self, problem: Problem) -> Tensor:
+        """(N,) stat_dtype: sum_j softplus(s_ij)."""
+
+    def grad(self, problem: Problem, coefficients: Softmax | Sigmoid, needs: Needs, *, kept: Tensor | None) -> Grads:
+        """kept: what a sweep of the same problem left."""
+
+    def partner_products(self, x: Tensor, y: Tensor, shift: int) -> Tensor:
+        """(N,) float64: <x_i, y_j> with j = (i + shift) mod M."""
+
+    def finish(
+        self, acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor
+    ) -> None:
+        """out_i = scale (acc_i + weight_i other_j), j = (i + shift) mod C.
+
+        acc (R, D) stat_dtype, other (C, D) like x, weight (n,) stat_dtype: rows from n on, and all where there is none, are
+        scale acc_i. out (R, D) may be acc.
+        """

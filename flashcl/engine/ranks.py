@@ -54,16 +54,22 @@ class Group:
         for name, allowed in (("strategy", STRATEGIES), ("convention", CONVENTIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
-        if self.chunk_bytes < 1:
-            raise ValueError(f"chunk_bytes must be positive, got {self.chunk_bytes}")
+        if not isinstance(self.process_group, dist.ProcessGroup) and not torch.compiler.is_compiling():
+            # Inside torch.compile a ProcessGroup is of another type, which one depends on the version.
+            raise TypeError(f"process_group must be a torch.distributed ProcessGroup, got {type(self.process_group).__name__}")
+        if not isinstance(self.chunk_bytes, int) or self.chunk_bytes < 1:
+            raise ValueError(f"chunk_bytes must be a positive integer, got {self.chunk_bytes!r}")
+
+    def __deepcopy__(self, memo: dict) -> Group:
+        """Itself: a copy of a model talks to the same ranks."""
+        return self
 
     @staticmethod
     def of(group: Group | dist.ProcessGroup | None, reduction: str = "mean") -> Group | None:
         """The argument `group` of a loss."""
         if group is None:
             return None
-        compiling = torch.compiler.is_compiling()  # then a ProcessGroup is of another type, which one depends on the version
-        if not isinstance(group, (Group, dist.ProcessGroup)) and not compiling:
+        if not isinstance(group, (Group, dist.ProcessGroup)) and not torch.compiler.is_compiling():
             raise TypeError(f"group must be a torch.distributed ProcessGroup or a flashcl.Group, got {type(group).__name__}")
         group = group if isinstance(group, Group) else Group(group)
         if group.convention.startswith("global") and reduction != "mean":
@@ -80,6 +86,9 @@ class Group:
         return "\n".join([self.process_group.group_name, self.strategy, partial, str(self.chunk_bytes)])
 
 
+# Bytes of what a rank says, whatever it has to say: so ranks that disagree still understand each other.
+MESSAGE = 1024
+
 _meetings = defaultdict(itertools.count)  # group name -> numbers of its meetings
 
 
@@ -93,7 +102,8 @@ class Ranks:
         self.group = dist.distributed_c10d._resolve_process_group(name)
         self.rank, self.size, self.device = self.group.rank(), self.group.size(), device
         self.what = f"{what}, number {next(_meetings[name])} in this group"
-        said = self._say({"operation": self.what, "strategy": self.strategy, "partial": partial} | same, counts)
+        ours = {"operation": self.what, "strategy": self.strategy, "partial": partial, "chunk_bytes": self.chunk_bytes}
+        said = self._say(ours | same, counts)
         first, _ = said[0]
         for rank, (facts, _) in enumerate(said):
             if differ := [key for key in first | facts if first.get(key) != facts.get(key)]:
@@ -101,13 +111,10 @@ class Ranks:
                 raise RuntimeError(f"flashcl: the ranks of a group must agree ({self.what}). Rank {rank} has {there}; rank 0 has {here}")
         self.counts = [tuple(counts) for _, counts in said]
 
-    # A message of one size, whatever a rank has to say: so ranks that disagree still understand each other.
-    _MESSAGE = 1024
-
     def _say(self, same: dict, counts: tuple[int, ...]) -> list:
         text = json.dumps([same, counts]).encode()
-        assert len(text) <= self._MESSAGE
-        mine = torch.tensor(list(text.ljust(self._MESSAGE)), dtype=torch.uint8, device=self.device)
+        assert len(text) <= MESSAGE
+        mine = torch.tensor(list(text.ljust(MESSAGE)), dtype=torch.uint8, device=self.device)
         said = self.all_gather(mine, what="what each rank brings").view(self.size, -1).cpu()
         try:
             return [json.loads(bytes(row.tolist())) for row in said]
@@ -123,8 +130,8 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"flashcl: rank {self.rank} of {self.size} waited in vain for {what} ({self.what}). A rank has died, "
-                f"stalled, raised an error of its own, or has called another number of losses. {error}"
+                f"flashcl: rank {self.rank} of {self.size} timed out waiting for {what} ({self.what}). Another rank has died, "
+                f"stalled, raised an error of its own, or called flashcl a different number of times. {error}"
             ) from error
 
     # ---- collectives, of which every rank takes part

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashcl.checks import wide
+from flashcl.checks import computed_dtype, wide
 from flashcl.engine import ops
 from flashcl.engine.ranks import Group
 
@@ -17,12 +17,9 @@ def prepare(normalize: bool, group: Group | None, *embeddings: Tensor) -> list[T
     """Embeddings as the engine takes them: of unit length if asked for, in the autocast dtype inside autocast."""
     if group is not None and group.convention == "global":
         embeddings = [_ScaleGradient.apply(x, 1 / group.process_group.size()) for x in embeddings]
-    if normalize:
-        embeddings = [F.normalize(x, dim=1) for x in embeddings]
-    device = embeddings[0].device.type
-    if torch.is_autocast_enabled(device) and embeddings[0].dtype != torch.float64:
-        embeddings = [x.to(torch.get_autocast_dtype(device)) for x in embeddings]
-    return list(embeddings)
+    if normalize:  # in float32 at least: a norm may be beyond float16, and its square is
+        embeddings = [F.normalize(wide(x, x), dim=1).to(x.dtype) for x in embeddings]
+    return [x.to(computed_dtype(x)) for x in embeddings]
 
 
 def parameter(value: Tensor, group: Group | None) -> Tensor:

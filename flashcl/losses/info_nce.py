@@ -42,6 +42,7 @@ def info_nce(
     """
     checks.embeddings(group, x=x, y=y)
     checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.one_of("symmetric", symmetric, (True, False))
     group = Group.of(group, reduction)
     if symmetric:
         checks.same_rows("x", x, "y", y, "the symmetric loss has a positive for each column")
