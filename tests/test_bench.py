@@ -604,11 +604,20 @@ def test_nt_xent_has_pairs(capsys):
     assert "nt_xent" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--n", "0"], ["--part", "4/3"], ["--provider", "nobody"], ["--loss", "hinge"]])
+@pytest.mark.parametrize("arguments", ["--n 0", "--n 64:32", "--part 4/3", "--provider nobody", "--loss hinge", "--seconds nan"])
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
-        main(["bench", *arguments])
+        main(["bench", *arguments.split()])
     assert "usage" in capsys.readouterr().err
+
+
+def test_files_that_are_no_results(tmp_path, capsys):
+    path = tmp_path / "r.json"
+    assert main(["bench", "--compare", str(path)]) == 2 and str(path) in capsys.readouterr().err
+    for text in ("", "[]", '{"environment": {}, "rows": [{"loss": "info_nce"}]}'):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match="is no result of flashcl bench"):
+            main(["bench", "--compare", str(path)])
 
 
 def test_the_command_as_a_user_runs_it(tmp_path):

@@ -1,10 +1,11 @@
 """`flashcl plan`: its formulas against numbers worked out by hand. test_distributed.py holds its bytes against real ones."""
 
-import json
+from dataclasses import replace
 
 import pytest
 
 from flashcl.cli import main
+from flashcl.cli.bench.results import Results, Row
 from flashcl.cli.plan import MESSAGE, WORKSPACE, Plan, count, rate
 
 MESSAGES = 3 * MESSAGE  # to each of three others
@@ -65,12 +66,23 @@ def test_the_command(capsys):
 
 
 def test_a_measured_rate_takes_the_place_of_the_peak(tmp_path, capsys):
-    row = dict(loss="info_nce", provider="flashcl-triton", mode="full", tflops=500.0, d=1024, n=65536)
-    slow = row | dict(d=256, tflops=100.0)
-    file = tmp_path / "gpu.json"
-    file.write_text(json.dumps(dict(environment=dict(device="a GPU"), rows=[slow, row, row | dict(provider="dense", tflops=900.0)])))
+    row = Row("info_nce", 65536, 1024, "bfloat16", "full", "flashcl-triton", "ok", tflops=500.0)
+    file, rows = tmp_path / "gpu.json", [replace(row, d=256, tflops=100.0), row, replace(row, provider="dense", tflops=900.0)]
+    Results(dict(device="a GPU"), rows).save(file)
     assert main([*ARGUMENTS, "--calibrate", str(file)]) == 0
     out = capsys.readouterr().out
     assert "matrix rate 500 TFLOP/s: measured, flashcl-triton at N = 65,536, D = 1024 on a GPU" in out
     with pytest.raises(SystemExit, match="no measured flashcl row for siglip"):
         main([*ARGUMENTS, "--loss", "siglip", "--calibrate", str(file)])
+
+
+@pytest.mark.parametrize("wrong", ["--gpus 0", "--gpus -8", "--dim 0", "--interconnect 0Gb"])
+def test_wrong_arguments(wrong, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main([*ARGUMENTS, *wrong.split()])
+    assert "usage" in capsys.readouterr().err
+
+
+def test_what_cannot_be_planned(tmp_path, capsys):
+    assert main([*ARGUMENTS, "--batch", "4"]) == 2 and "without a pair" in capsys.readouterr().err
+    assert main([*ARGUMENTS, "--calibrate", str(tmp_path / "nothing.json")]) == 2 and "nothing.json" in capsys.readouterr().err

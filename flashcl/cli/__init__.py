@@ -26,3 +26,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `flashcl ... | head`: nobody reads on, also not what Python would flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:  # a file that is not there, or cannot be written
+        print(f"flashcl: {error}", file=sys.stderr)
+        return 2

@@ -16,12 +16,14 @@ that it belongs to; what is longer than them is exposed. Latency, stragglers and
 
 from __future__ import annotations
 
-import json
 import re
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flashcl.backends.tiled import WORKSPACE
+from flashcl.cli.arguments import at_least_one
+from flashcl.cli.bench.results import Results
 from flashcl.engine.blocks import choose_strategy
 from flashcl.engine.ranks import MESSAGE, Group
 
@@ -170,8 +172,8 @@ class Plan:
 def add_parser(commands) -> None:
     parser = commands.add_parser("plan", help="what a step over many GPUs would cost: time, bytes, memory, the largest batch")
     parser.add_argument("--batch", type=count, required=True, metavar="4M", help="pairs of all ranks; K and M are 2^10 and 2^20")
-    parser.add_argument("--dim", type=int, required=True, metavar="1024", help="width of the embeddings")
-    parser.add_argument("--gpus", type=int, required=True, metavar="256", help="ranks")
+    parser.add_argument("--dim", type=at_least_one, required=True, metavar="1024", help="width of the embeddings")
+    parser.add_argument("--gpus", type=at_least_one, required=True, metavar="256", help="ranks")
     parser.add_argument("--gpu", choices=GPUS, default="h200", help="published peak and memory (default: h200)")
     parser.add_argument("--interconnect", type=rate, required=True, metavar="400Gb", help="bandwidth of a GPU, one way, in Gb/s or GB/s")
     parser.add_argument("--loss", choices=LOSSES, default="info_nce")
@@ -183,6 +185,9 @@ def add_parser(commands) -> None:
 
 
 def run(args) -> int:
+    if args.batch < args.gpus:
+        print(f"--batch {args.batch} leaves some of {args.gpus} ranks without a pair", file=sys.stderr)
+        return 2
     peak, memory = GPUS[args.gpu]
     where = f"the published peak of the {args.gpu.upper()}: a lower bound of the time (--calibrate takes a measured rate)"
     if args.calibrate is not None:
@@ -214,16 +219,16 @@ def run(args) -> int:
 
 def measured_rate(path: Path, loss: str, dim: int) -> tuple[float, str]:
     """The useful FLOP/s of the fastest flashcl row of a result file for this loss, of the nearest width; and where from."""
-    data = json.loads(path.read_text())
+    found = Results.load(path)
     rows = [
-        row for row in data["rows"]
-        if row["loss"] == loss and row["provider"].startswith("flashcl") and row["mode"] == "full" and row.get("tflops")
+        row for row in found.rows
+        if row.loss == loss and row.provider.startswith("flashcl") and row.mode == "full" and row.tflops
     ]  # fmt: skip
     if not rows:
         raise SystemExit(f"{path} has no measured flashcl row for {loss}, forward and backward")
-    row = min(rows, key=lambda row: (abs(row["d"] - dim), -row["tflops"]))
-    environment = data["environment"]
-    return row["tflops"] * 1e12, f"measured, {row['provider']} at N = {row['n']:,}, D = {row['d']} on {environment.get('device')}"
+    row = min(rows, key=lambda row: (abs(row.d - dim), -row.tflops))
+    device = found.environment.get("device")
+    return row.tflops * 1e12, f"measured, {row.provider} at N = {row.n:,}, D = {row.d} on {device}"
 
 
 def count(text: str) -> int:
@@ -236,6 +241,6 @@ def count(text: str) -> int:
 def rate(text: str) -> float:
     """Bytes per second of "400Gb" (bits) or "50GB" (bytes), each per second."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(Gb|GB)(?:/s)?", text)
-    if not match:
+    if not match or not float(match[1]):
         raise ValueError(text)
     return float(match[1]) * 1e9 / (8 if match[2] == "Gb" else 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from flashcl.cli.arguments import at_least_one, positive
 from flashcl.cli.bench import machine, measure, results
 from flashcl.cli.bench.providers import PROVIDERS
 from flashcl.cli.bench.results import Results
@@ -40,14 +41,14 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument(
-        "--seconds", type=float, default=1.0, help="to time each provider at each workload (default: 1)"
+        "--seconds", type=positive, default=1.0, help="to time each provider at each workload (default: 1)"
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="results as JSON, and as CSV beside it")
     parser.add_argument("--resume", action="store_true", help="keep what --out has, and measure only what is missing")
     parser.add_argument(
         "--part", type=_share, default=(1, 1), metavar="K/N", help="the K-th of N shares of the workloads"
     )
-    parser.add_argument("--time-limit", type=float, metavar="S", help="begin no workload after S seconds")
+    parser.add_argument("--time-limit", type=positive, metavar="S", help="begin no workload after S seconds")
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="say what changed since then")
     parser.add_argument("--fail-if-regression", action="store_true", help="exit code 1 if --compare finds one")
     parser.set_defaults(run=run)
@@ -67,12 +68,12 @@ def _sizes(text: str) -> tuple[int, ...]:
     sizes = []
     for item in text.split(","):
         first, _, last = item.partition(":")
-        size = int(first)
-        if size < 1:
-            raise argparse.ArgumentTypeError(f"expected sizes of at least 1, got {item}")
-        while size <= int(last or first):
-            sizes.append(size)
-            size *= 2
+        n, last = at_least_one(first), at_least_one(last or first)
+        if last < n:
+            raise argparse.ArgumentTypeError(f"expected a:b with a <= b, got {item}")
+        while n <= last:
+            sizes.append(n)
+            n *= 2
     return tuple(sizes)
 
 
