@@ -31,7 +31,7 @@ struct Statistic {
     top = highest;
   }
 
-  // A total of NaN says more than the top: a maximum passes over NaN.
+  // A total of NaN says more than the top: max ignores NaN.
   FLASHCL_BOTH double log_sum_exp() const { return fabsf(top) < INF || total != total ? top + log(total) : top; }
 
  private:

@@ -46,7 +46,7 @@ struct Thread {
   static FLASHCL_LANE U select(bool b, U x, U y) { return b ? x : y; }
   static FLASHCL_LANE U bit(B b, int i) { return b ? 1u << i : 0u; }
   static FLASHCL_LANE B has(U bits, int i) { return bits >> i & 1; }
-  static FLASHCL_LANE F max(F x, F y) { return fmaxf(x, y); }  // passes over NaN, as the statistics do
+  static FLASHCL_LANE F max(F x, F y) { return fmaxf(x, y); }  // ignores NaN, as the statistics do
   static FLASHCL_LANE F min(F x, F y) { return fminf(x, y); }
   static FLASHCL_LANE F abs(F x) { return fabsf(x); }
   static FLASHCL_LANE F fma(F x, F y, F z) { return fmaf(x, y, z); }

@@ -1,4 +1,4 @@
-"""All that a backend gives for a block of logits, to be compared: on a GPU, on one that is a program, on the CPU."""
+"""All that a backend gives for a block of logits, to be compared: on a GPU, on a simulated one, on the CPU."""
 
 import dataclasses
 import math

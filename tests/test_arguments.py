@@ -201,6 +201,8 @@ def test_group_options():
     for convention in ("global", "global_grad", "global_scaled"):
         with raises(ValueError, "convention", convention, "'sum'"):
             flashcl.nt_xent(X, X, group=flashcl.Group(alone, convention=convention), reduction="sum")
+    with raises(ValueError, "convention", "'global'", "no mean"):
+        flashcl.similarity_logsumexp(X, X, group=flashcl.Group(alone, convention="global"))
     with raises(ValueError, "chunk_bytes", "1.5"):
         flashcl.Group(alone, chunk_bytes=1.5)
     with raises(TypeError, "process_group", "NoneType"):

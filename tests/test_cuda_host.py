@@ -2,7 +2,7 @@
 
 emulated: csrc/emulate.cpp does to tiles of a CPU product what the kernels do to those of the tensor cores, lane by lane, and
 flashcl.backends.cuda takes CPU tensors through it.
-ptx: the kernels themselves, as PTX, on a GPU that is a program (ptx/). test_cuda_ptx.py has what is of it alone.
+ptx: the kernels themselves, as PTX, on a simulated GPU (ptx/). test_cuda_ptx.py has what is of it alone.
 """
 
 import dataclasses

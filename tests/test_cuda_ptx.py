@@ -1,4 +1,4 @@
-"""The Hopper kernels as PTX, on a GPU that is a program (ptx/): in the orders that a GPU may choose, and with faults put in."""
+"""The Hopper kernels as PTX, on a simulated GPU (ptx/): in the orders that a GPU may choose, and with faults put in."""
 
 import pytest
 import torch

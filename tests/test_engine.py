@@ -60,6 +60,23 @@ def test_a_backend_may_be_named_in_one_graph(name, backend):
     assert torch.equal(call(x, y, t), compiled(x, y, t))
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a, b: flashcl.info_nce(a, a, temperature=0.3),
+        lambda a, b: flashcl.siglip(a, a, logit_scale=1.0, logit_bias=0.0),
+        lambda a, b: sum(v.sum() for v in flashcl.similarity_logsumexp(a, a, row_bias=b, col_bias=b, exclude="diagonal")),
+    ],
+)
+def test_one_tensor_twice_in_one_graph(call):
+    a, b = leaf(), leaf(9, 1)[:, 0].detach().requires_grad_()
+    got = torch.compile(call, fullgraph=True, backend="aot_eager")(a, b)
+    expected = call(a, b)
+    assert torch.equal(got, expected)
+    for p, q in zip(torch.autograd.grad(got, (a, b), allow_unused=True), torch.autograd.grad(expected, (a, b), allow_unused=True)):
+        assert p is q is None or torch.equal(p, q)
+
+
 def test_a_backend_that_cannot_serve_says_so_in_a_graph_too():
     compiled = torch.compile(functools.partial(CALLS["info_nce"], backend="cuda"), backend="aot_eager")
     with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve"):

@@ -1,4 +1,4 @@
-"""The Triton kernels as Triton compiles them, on a GPU that is a program (ptx/): sm_80 by mma.sync and cp.async, sm_90 by wgmma and TMA.
+"""The Triton kernels as Triton compiles them, on a simulated GPU (ptx/): sm_80 by mma.sync and cp.async, sm_90 by wgmma and TMA.
 
 sm_100 and its tcgen05 are compiled (test_compile_budget.py), and not run.
 """

@@ -1,4 +1,4 @@
-"""The Triton kernels, compiled for a GPU that is not here and run by one that is a program (ptx/). In a process of its own:
+"""The Triton kernels, compiled for a GPU that is not here and run by a simulated one (ptx/). In a process of its own:
 
     python tests/triton_ptx.py 90 bfloat16
 

@@ -205,7 +205,7 @@ def log_sum_exp(top, total):
     added = lse - top
     lost = (top - (lse - added)) + (log_total - added)
     lost = tl.where(tl.abs(lse) < float("inf"), lost, 0.0)
-    return tl.where(total == total, lse, total), lost  # a maximum on a GPU passes over NaN, a sum does not
+    return tl.where(total == total, lse, total), lost  # max ignores NaN on a GPU, a sum does not
 
 
 @triton.jit

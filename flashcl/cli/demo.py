@@ -168,7 +168,7 @@ def train_all(args, data: Data, device, batch: int, large: int, measured: list[M
 
 def draw(runs: list[Run], measured: list[Measured], path: Path, device: torch.device) -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        print('plot skipped: matplotlib is not installed; pip install "flashcl[demo]" brings it')
+        print('plot skipped: matplotlib is not installed; pip install ".[demo]" brings it')
         return
     report.plot(runs, measured, path, f"measured on {machine(device)}; memory: {memory.METHOD[device.type]}")
     print(f"plot: {path}")

@@ -225,7 +225,7 @@ class _SoftplusSum(torch.autograd.Function):
         needs = _needs(*ctx.needs_input_grad[:4])
         if per_row or not any(needs):
             ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos)
-            row = ops.sweep_softplus(problem, backend=backend, group=pairs.group) + of_positive
+            row = ops.sweep_softplus(problem, keep=any(needs), backend=backend, group=pairs.group) + of_positive
             return row if per_row else row.sum()
         c = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype))
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.

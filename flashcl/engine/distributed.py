@@ -114,8 +114,8 @@ def _put(v: Tensor, at: list[slice], values: Tensor) -> None:
 # ---- sweep ---------------------------------------------------------------------------------------------------------------
 
 
-def sweep(backend: Backend, p: Problem, group: str, *, need_cols: bool) -> Statistics:
-    world = _World.meet("the statistics of a loss", p, group, symmetric=need_cols)
+def sweep(backend: Backend, p: Problem, group: str, *, need_cols: bool, keep: bool) -> Statistics:
+    world = _World.meet("the statistics of a loss", p, group, symmetric=need_cols, **{"any gradient wanted": keep})
     p, need_cols = world.p, need_cols or world.p.triangular
     row, col = (LogSumExp.of_no_pair(p, n) for n in (len(p.x), sum(world.lines)))
     deviation, col_deviation = (None if p.center is None else torch.zeros(n, dtype=torch.float64, device=p.x.device)
@@ -155,7 +155,7 @@ def _relative(top: Tensor, rest: Tensor, to: Tensor) -> Tensor:
 
 def _over_ranks(world: _World, part: LogSumExp) -> LogSumExp:
     """Log-sum-exps (K, M of all ranks) of the pairs of this rank become those of the lines of this rank over all pairs."""
-    # A maximum may pass over NaN, on some devices; a sum never does.
+    # max ignores NaN on some devices; a sum never does.
     top = world.ranks.all_reduce_(part.top.nan_to_num(-torch.inf, torch.inf, -torch.inf), dist.ReduceOp.MAX)
     total = world.ranks.all_reduce_(_relative(part.top, part.rest, top))
     own = world.own_lines()
@@ -170,8 +170,8 @@ def _sum_over_ranks(world: _World, own: Tensor | None, others: Tensor | None) ->
     return world.ranks.all_reduce_(others)[world.own_lines()]
 
 
-def sweep_softplus(backend: Backend, p: Problem, group: str) -> Tensor:
-    world = _World.meet("the sums of a loss", p, group)
+def sweep_softplus(backend: Backend, p: Problem, group: str, *, keep: bool) -> Tensor:
+    world = _World.meet("the sums of a loss", p, group, **{"any gradient wanted": keep})
     total = torch.zeros(len(p.x), dtype=p.stat_dtype, device=p.x.device)
     for block in blocks.exchange(world.ranks, p.y, world.lines, world.share()).walk():
         if len(block.y) and len(p.x):

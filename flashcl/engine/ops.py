@@ -53,9 +53,9 @@ def sweep(problem: Problem, *, need_cols: bool, keep: bool, backend: str, group:
     )
 
 
-def sweep_softplus(problem: Problem, *, backend: str, group: str) -> Tensor:
-    """`problem.py` says what comes back."""
-    return _sweep_softplus(*_unpack(problem), backend, group)
+def sweep_softplus(problem: Problem, *, keep: bool, backend: str, group: str) -> Tensor:
+    """`problem.py` says what comes back; keep: whether there will be a backward, in which the ranks of a group must agree."""
+    return _sweep_softplus(*_unpack(problem), keep, backend, group)
 
 
 def grad(
@@ -175,7 +175,7 @@ def _sweep(
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols, center)
     module = dispatch.load(backend)
     if group:
-        s = distributed.sweep(module, problem, group, need_cols=need_cols)
+        s = distributed.sweep(module, problem, group, need_cols=need_cols, keep=keep)
     else:
         s = module.sweep(problem, need_cols=need_cols, keep=keep)
     return _present(s.row.parts, None if s.col is None else s.col.parts, s.deviation, s.kept, like=logit_scale)
@@ -191,12 +191,13 @@ def _sweep_softplus(
     program: str,
     rows: list[Tensor],
     cols: list[Tensor],
+    keep: bool,
     backend: str,
     group: str,
 ) -> Tensor:
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols)
     module = dispatch.load(backend)
-    return distributed.sweep_softplus(module, problem, group) if group else module.sweep_softplus(problem)
+    return distributed.sweep_softplus(module, problem, group, keep=keep) if group else module.sweep_softplus(problem)
 
 
 def _empty_grads(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_lse, col_weight, col_lse,

@@ -30,7 +30,7 @@ class Group:
     """Ranks whose rows are one batch, and how they talk: losses take it, or a bare ProcessGroup, as `group`.
 
     strategy: how rows of other ranks come here. "gather": chunks of all ranks at once, by all-gather; "ring": one rank's
-    rows a step, from the rank k further at step k; "auto": "gather" where the rows of all ranks fit one chunk, else "ring".
+        rows a step, at step k those of rank (r + k) mod W; "auto": "gather" if the rows of all ranks fit one chunk, else "ring".
     chunk_bytes: what one all-gather of "gather" brings here at most; two are in flight.
     convention: what a loss with reduction="mean" returns on a rank and what its gradients mean, W ranks, N rows in all:
 
@@ -41,8 +41,10 @@ class Group:
         global_scaled   W * global mean          exact                         exact * W
         local_partial   W / N * sum of own rows  none through others' rows     exact
 
-    The others are what libraries do that flashcl stands in for; "local_partial" is biased.
-    Raises ValueError for an unknown strategy or convention.
+    All but the first reproduce what other libraries do; the gradients of "local_partial" are biased. "global" ones are for
+    reduction="mean" alone. With "sum", "none" and for similarity_logsumexp a rank returns what belongs to its own rows, not
+    rescaled: summed over ranks, value and gradients are those of one process with all rows.
+    Raises ValueError for an unknown strategy or convention, TypeError for what is no ProcessGroup.
     """
 
     process_group: dist.ProcessGroup
@@ -65,15 +67,16 @@ class Group:
         return self
 
     @staticmethod
-    def of(group: Group | dist.ProcessGroup | None, reduction: str = "mean") -> Group | None:
-        """The argument `group` of a loss."""
+    def of(group: Group | dist.ProcessGroup | None, reduction: str | None = "mean") -> Group | None:
+        """The argument `group` of a loss; reduction None: of a function that has none."""
         if group is None:
             return None
         if not isinstance(group, (Group, dist.ProcessGroup)) and not torch.compiler.is_compiling():
             raise TypeError(f"group must be a torch.distributed ProcessGroup or a flashcl.Group, got {type(group).__name__}")
         group = group if isinstance(group, Group) else Group(group)
         if group.convention.startswith("global") and reduction != "mean":
-            raise ValueError(f'convention {group.convention!r} is for reduction="mean", got {reduction!r}')
+            got = "this function returns no mean" if reduction is None else f"got {reduction!r}"
+            raise ValueError(f'convention {group.convention!r} is for losses with reduction="mean", {got}')
         return group
 
     @staticmethod

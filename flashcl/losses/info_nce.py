@@ -27,17 +27,23 @@ def info_nce(
 ) -> Tensor:
     """InfoNCE: l_i = log sum_j exp(s_ij) - s_ii, s = logit_scale * x y^T; symmetric: the mean of l over rows and columns.
 
-    x: (N, D) anchors. y: (M, D) candidates, same dtype and device; y[i] is the positive of x[i]. M = N if symmetric,
-    else M >= N. Taken as given unless normalize=True. temperature = 1 / logit_scale: exactly one of them, a float or a
-    one-element tensor.
-    Returns: float32 (float64 for float64 input), nats: () for reduction "mean" and "sum", (N,) for "none".
-    Gradients: x, y, temperature or logit_scale, first order. Memory O((N + M) D) and a bounded workspace, never N x M;
-    8 N M D FLOPs forward and backward.
-    group: ranks whose rows are one batch, a ProcessGroup or flashcl.Group: `flashcl.Group` says what comes back.
-    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward; RuntimeError on every
-    rank where ranks disagree or one does not answer.
-    Numerics: within twice the error of the dense formula in the same dtype; the positive stays out of the tiles, so that
-    a converged pair loses no digits.
+    x: (N, D) anchors.
+    y: (M, D) candidates, same dtype and device; y[i] is the positive of x[i]. M = N if symmetric, else M >= N.
+    temperature, logit_scale: exactly one of them, temperature = 1 / logit_scale: a float or a one-element tensor.
+    symmetric: the loss of CLIP, in both directions; False: of x against y alone.
+    normalize: scale rows to unit length first; otherwise embeddings are used as they are. Inside torch.autocast they are
+        rounded to its dtype (not float64).
+    reduction: "mean", "sum" or "none".
+    group: a ProcessGroup or `flashcl.Group`: ranks whose rows are one batch. `flashcl.Group` documents what a rank returns.
+    backend: "auto" (`flashcl.explain` says which that is), "torch", "triton" or "cuda".
+
+    Returns: float32 (float64 for float64 input), nats: () for "mean" and "sum", (N,) for "none".
+    Gradients: x, y, temperature or logit_scale. Memory O((N + M) D) and a bounded workspace, never N x M; 8 N M D FLOPs
+        forward and backward.
+    Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
+        disagree or one does not answer; NotImplementedError for second derivatives.
+    Accuracy: the contract of flashcl.contract (README, "Accuracy"). The positive stays out of the tiles, so that a converged pair
+        loses no digits.
     Source: van den Oord et al. 2018, eq. 4; Radford et al. 2021, figure 3.
     """
     checks.embeddings(group, x=x, y=y)

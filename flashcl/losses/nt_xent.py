@@ -25,17 +25,22 @@ def nt_xent(
 ) -> Tensor:
     """NT-Xent: l_i = log sum_{j != i} exp(s_ij) - s_ip, s = z z^T / temperature, z = [z1; z2], p the other view of i.
 
-    z1, z2: (N, D), same dtype and device; z1[i] and z2[i] are two views of one item. Taken as given unless
-    normalize=True. temperature: a float or a one-element tensor.
-    Returns: float32 (float64 for float64 input), nats: () for reduction "mean" (over 2N anchors) and "sum", (2N,) for
-    "none": the rows of z1, then those of z2.
-    Gradients: z1, z2, temperature, first order. Memory O(N D) and a bounded workspace; 16 N^2 D FLOPs forward and
-    backward: S is symmetric, half of its tiles are computed.
-    group: ranks whose rows are one batch, a ProcessGroup or flashcl.Group: `flashcl.Group` says what comes back.
-    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward; RuntimeError on every
-    rank where ranks disagree or one does not answer.
-    Numerics: within twice the error of the dense formula in the same dtype.
-    Source: Chen et al. 2020 (SimCLR), eq. 1.
+    z1, z2: (N, D), same dtype and device; z1[i] and z2[i] are two views of one item.
+    temperature: a float or a one-element tensor.
+    normalize: scale rows to unit length first; otherwise embeddings are used as they are. Inside torch.autocast they are
+        rounded to its dtype (not float64).
+    reduction: "mean", "sum" or "none".
+    group: a ProcessGroup or `flashcl.Group`: ranks whose rows are one batch. `flashcl.Group` documents what a rank returns.
+    backend: "auto" (`flashcl.explain` says which that is), "torch", "triton" or "cuda".
+
+    Returns: float32 (float64 for float64 input), nats: () for "mean" (over 2N anchors) and "sum", (2N,) for "none", in the
+        order of z.
+    Gradients: z1, z2, temperature. Memory O(N D) and a bounded workspace; 16 N^2 D FLOPs forward and backward: S is symmetric,
+        half of its tiles are computed.
+    Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
+        disagree or one does not answer; NotImplementedError for second derivatives.
+    Accuracy: the contract of flashcl.contract (README, "Accuracy").
+    Source: Chen et al. 2020, eq. 1 (there with normalize=True).
     """
     checks.embeddings(group, z1=z1, z2=z2)
     checks.same_rows("z1", z1, "z2", z2, "they are views of the same items")

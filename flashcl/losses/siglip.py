@@ -26,16 +26,20 @@ def siglip(
 ) -> Tensor:
     """SigLIP: l_i = sum_j softplus(-z_ij s_ij), s = logit_scale * x y^T + logit_bias, z_ii = 1 and z_ij = -1 otherwise.
 
-    x, y: (N, D), same dtype and device; y[i] is the positive of x[i]. Taken as given unless normalize=True. logit_scale
-    and logit_bias: a float or a one-element tensor each.
-    Returns: float32 (float64 for float64 input), nats: () for reduction "mean" (over rows, not over pairs) and "sum",
-    (N,) for "none".
-    Gradients: x, y, logit_scale, logit_bias, first order. Memory O(N D) and a bounded workspace; 6 N^2 D FLOPs forward
-    and backward, as gradients are made in the forward pass (8 N^2 D with reduction "none").
-    group: ranks whose rows are one batch, a ProcessGroup or flashcl.Group: `flashcl.Group` says what comes back.
-    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward; RuntimeError on every
-    rank where ranks disagree or one does not answer.
-    Numerics: within twice the error of the dense formula in the same dtype.
+    x, y: (N, D), same dtype and device; y[i] is the positive of x[i].
+    logit_scale, logit_bias: a float or a one-element tensor each.
+    normalize: scale rows to unit length first; otherwise embeddings are used as they are. Inside torch.autocast they are
+        rounded to its dtype (not float64).
+    reduction: "mean", "sum" or "none".
+    group: a ProcessGroup or `flashcl.Group`: ranks whose rows are one batch. `flashcl.Group` documents what a rank returns.
+    backend: "auto" (`flashcl.explain` says which that is), "torch", "triton" or "cuda".
+
+    Returns: float32 (float64 for float64 input), nats: () for "mean" (over rows, not over pairs) and "sum", (N,) for "none".
+    Gradients: x, y, logit_scale, logit_bias. Memory O(N D) and a bounded workspace; 6 N^2 D FLOPs forward and backward, as
+        gradients are made in the forward pass (8 N^2 D with reduction "none").
+    Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
+        disagree or one does not answer; NotImplementedError for second derivatives.
+    Accuracy: the contract of flashcl.contract (README, "Accuracy").
     Source: Zhai et al. 2023, algorithm 1.
     """
     checks.embeddings(group, x=x, y=y)

@@ -27,24 +27,32 @@ def similarity_logsumexp(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """row_lse_i = log sum_j exp(s_ij), col_lse_j = log sum_i exp(s_ij), s_ij = logit_scale <x_i, y_j> + row_bias_i + col_bias_j.
 
-    x: (N, D). y: (M, D), same dtype and device. row_bias: (N,), col_bias: (M,), floating. logit_scale: a float or a
-    one-element tensor. exclude="diagonal" drops the pairs i = j.
+    Extra negatives, queues and several blocks with one denominator are logaddexp of several of these.
+
+    x: (N, D), used as it is. Inside torch.autocast x and y are rounded to its dtype (not float64).
+    y: (M, D), same dtype and device.
+    logit_scale: a float or a one-element tensor.
+    row_bias, col_bias: (N,) and (M,), floating.
+    exclude: "diagonal" drops the pairs i = j.
+    axis: "both", "rows" or "cols".
+    group: a ProcessGroup or `flashcl.Group`: ranks whose rows are one batch. A rank gets the row_lse of its own rows over the
+        columns of all ranks, and the col_lse of its own columns over the rows of all.
+    backend: "auto" (`flashcl.explain` says which that is), "torch", "triton" or "cuda".
+
     Returns: (row_lse (N,), col_lse (M,)) for axis "both", one of them for "rows" or "cols"; float32 (float64 for float64
-    input), nats. A row without pairs gives -inf.
-    Gradients: x, y, logit_scale, row_bias, col_bias, first order. Memory O((N + M) D) and a bounded workspace; 8 N M D
-    FLOPs forward and backward.
-    group: ranks whose rows are one batch, a ProcessGroup or flashcl.Group: `flashcl.Group` says what comes back.
-    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward; RuntimeError on every
-    rank where ranks disagree or one does not answer.
-    Numerics: within twice the error of the dense formula in the same dtype.
-    Source: extra negatives, queues and several blocks with one denominator are logaddexp of several of these.
+        input), nats. A row without pairs gives -inf.
+    Gradients: x, y, logit_scale, row_bias, col_bias. Memory O((N + M) D) and a bounded workspace; 8 N M D FLOPs forward and
+        backward.
+    Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
+        disagree or one does not answer; NotImplementedError for second derivatives.
+    Accuracy: the contract of flashcl.contract (README, "Accuracy").
     """
     checks.embeddings(group, x=x, y=y)
     checks.vector("row_bias", row_bias, len(x), x)
     checks.vector("col_bias", col_bias, len(y), x)
     checks.one_of("exclude", exclude, (None, "diagonal"))
     checks.one_of("axis", axis, ("both", "rows", "cols"))
-    group = Group.of(group, reduction="none")
+    group = Group.of(group, reduction=None)
     scale = checks.scalar("logit_scale", logit_scale, x)
     x, y = prepare(False, group, x, y)
     if axis == "cols":  # the columns of S are the rows of its transpose

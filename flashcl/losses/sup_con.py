@@ -25,17 +25,23 @@ def sup_con(
 ) -> Tensor:
     """SupCon, "out" form: l_i = log sum_{j != i} exp(s_ij) - mean_{p in P(i)} s_ip, s = z z^T / temperature.
 
-    z: (N, D). labels: (N,) integers, same device; P(i) are the other rows with the label of i. z is taken as given
-    unless normalize=True. temperature: a float or a one-element tensor.
-    Returns: float32 (float64 for float64 input), nats: () for reduction "mean" and "sum", (N,) for "none". Anchors
-    without a positive have loss 0 and do not count in the mean; without any anchor the mean is 0.
-    Gradients: z, temperature, first order. Memory O(N D) and a bounded workspace; 4 N^2 D FLOPs forward and backward:
-    S is symmetric, half of its tiles are computed.
-    group: ranks whose rows are one batch, a ProcessGroup or flashcl.Group: `flashcl.Group` says what comes back.
-    Raises: ValueError or TypeError naming the argument; NotImplementedError for double backward; RuntimeError on every
-    rank where ranks disagree or one does not answer.
-    Numerics: within twice the error of the dense formula in the same dtype; l_i = softplus(negatives - positives) + the
-    spread of the positives, log sum_p exp(s_ip) - mean_p s_ip, keeps the digits of a converged anchor.
+    z: (N, D).
+    labels: (N,) integers, same device; P(i) are the other rows with the label of i.
+    temperature: a float or a one-element tensor.
+    normalize: scale rows to unit length first; otherwise embeddings are used as they are. Inside torch.autocast they are
+        rounded to its dtype (not float64).
+    reduction: "mean", "sum" or "none".
+    group: a ProcessGroup or `flashcl.Group`: ranks whose rows are one batch. `flashcl.Group` documents what a rank returns.
+    backend: "auto" (`flashcl.explain` says which that is), "torch", "triton" or "cuda".
+
+    Returns: float32 (float64 for float64 input), nats: () for "mean" and "sum", (N,) for "none". Anchors without a positive
+        have loss 0 and do not count in the mean; without any anchor the mean is 0.
+    Gradients: z, temperature. Memory O(N D) and a bounded workspace; 4 N^2 D FLOPs forward and backward: S is symmetric, half
+        of its tiles are computed.
+    Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
+        disagree or one does not answer; NotImplementedError for second derivatives.
+    Accuracy: the contract of flashcl.contract (README, "Accuracy"). l_i = softplus(negatives - positives) + the spread of the
+        positives, log sum_p exp(s_ip) - mean_p s_ip, which keeps the digits of a converged anchor.
     Source: Khosla et al. 2020, eq. 2.
     """
     checks.embeddings(group, z=z)

@@ -1,4 +1,4 @@
-"""A GPU that is a program: it runs PTX on the CPU, that of csrc/ by way of a flashcl._C, and any other (Triton's) by launch().
+"""A simulated GPU: it runs PTX on the CPU, that of csrc/ by way of a flashcl._C, and any other (Triton's) by launch().
 
 csrc/ is compiled as setup.py does, but for PTX in place of machine code, and linked with a runtime of our own (runtime.cpp)
 that reads this PTX (program.cpp) and runs it (machine.cpp, scalar.cpp, collective.cpp). What csrc/emulate.cpp and the
