@@ -490,6 +490,16 @@ def test_double_backward_says_that_it_cannot(backend, loss):
         (total + 10 * sum(g.square().sum() for g in gradients)).backward()  # a gradient penalty, never in silence
 
 
+def test_autocast_of_towers_of_two_dtypes(backend):
+    """A tower under autocast beside cached float32 embeddings: both are cast, as x @ y.T would cast them."""
+    x, y = (v.float() for v in case("info_nce", "init").tensors.values() if v.dim() == 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = flashcl.info_nce(x.bfloat16(), y, temperature=0.1, backend=backend)
+    assert torch.equal(got, flashcl.info_nce(x.bfloat16(), y.bfloat16(), temperature=0.1, backend=backend))
+    with pytest.raises(TypeError, match="y must have the dtype of x"):
+        flashcl.info_nce(x.bfloat16(), y, temperature=0.1, backend=backend)
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 def test_autocast(backend, loss):
     """Inside autocast float32 embeddings are computed on in bfloat16; gradients come back in float32."""

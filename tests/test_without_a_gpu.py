@@ -57,7 +57,6 @@ def launched(monkeypatch):
         return lambda *args, **options: (check(name, [args, options]), names.append(name))
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: self.device.type == "meta"), raising=False)
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # knows no meta
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(dispatch, "unusable", lambda name, device, dtype: None)
     monkeypatch.setattr(triton, "INTERPRETED", False)
