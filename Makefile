@@ -33,13 +33,13 @@ gpu-all:
 	@$(or $(wildcard $(BIN)/python),$(PYTHON)) bench/gpu.py --part $(or $(PART),1/1) --minutes $(or $(MINUTES),9)
 
 bench: install
-	@$(BIN)/python bench/cpu.py
+	@$(BIN)/flashcl bench --suite cpu --provider flashcl-torch,dense,torch.compile --mode full --seconds 4 --out bench/results/bench-cpu.json
 
 plots: install
 	@$(BIN)/python bench/plots.py
 
 docs: install
-	@$(BIN)/pip install -q "pdoc>=15" # not the extra "docs" of flashcl: that would build the extension again
+	@$(BIN)/pip install -q "pdoc>=15"
 	@$(BIN)/pdoc flashcl flashcl.reference flashcl.contract --template-directory docs/theme -o docs/api
 
 clean:
