@@ -155,6 +155,13 @@ def test_the_kernels_of_a_gpu_are_not_taken_on_a_cpu():
     assert re.search(r"triton: .*cpu", text) and re.search(r"cuda: .*cpu", text)
 
 
+def test_a_device_that_no_backend_serves_is_refused():
+    x = torch.empty(4, 2, device="meta")
+    elsewhere = type("Elsewhere", (), dict(device=torch.device("mps"), dtype=x.dtype))()
+    with pytest.raises(RuntimeError, match="'torch' cannot serve torch.float32 on mps here: .*float64"):
+        dispatch.choose("auto", elsewhere)
+
+
 def test_verified_generations_stand_on_a_file():
     results = Path(__file__).parents[1] / "bench" / "results"
     for backend, generations in dispatch.VERIFIED.items():

@@ -1,4 +1,4 @@
-"""The torch backend: tiles of plain PyTorch operations, on any device, in any floating dtype.
+"""The torch backend: tiles of plain PyTorch operations, on CPUs and GPUs, in any floating dtype.
 
 One tile of logits is alive at a time, in buffers that are made once per call; beside them a sweep on a CPU leaves a bounded
 number of products for the backward. The GEMMs are the library's; what happens to a tile between them runs in place while
@@ -40,7 +40,7 @@ _SPREAD = 8.0
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
-    return None
+    return "statistics are summed up in float64, which mps has not" if device.type == "mps" else None
 
 
 def kept_elements(p: Problem) -> int:

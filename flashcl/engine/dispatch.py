@@ -13,7 +13,7 @@ from flashcl.engine.blocks import choose_strategy
 from flashcl.engine.problem import Backend
 from flashcl.engine.ranks import Group
 
-BACKENDS = ("cuda", "triton", "torch")  # fastest first; the last one serves everything
+BACKENDS = ("cuda", "triton", "torch")  # fastest first; the last one serves all CPUs and GPUs
 
 # GPU generations (major, minor) on which the contract tests and the sanitizer have passed, per backend. "auto" takes no
 # kernel elsewhere. Each entry stands on a file bench/results/verified-<backend>-sm<major><minor>.json; a test looks.
@@ -36,7 +36,7 @@ def unusable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 def choose(backend: str, x: Tensor) -> str:
     """The name of the backend that serves x. An explicit name never falls back: it is served or refused."""
     if backend == "auto":
-        return next(name for name in BACKENDS if _passed_over(name, x.device, x.dtype) is None)
+        backend = next(name for name in BACKENDS if _passed_over(name, x.device, x.dtype) is None)
     if backend not in BACKENDS:
         raise ValueError(f'backend must be "auto" or one of {", ".join(map(repr, BACKENDS))}, got {backend!r}')
     if reason := unusable(backend, x.device, x.dtype):

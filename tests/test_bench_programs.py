@@ -1,0 +1,199 @@
+"""The programs in bench/: figures, the time of the host, the check of a GPU."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from measured import ENVIRONMENT, ROOT, ROWS, one_commit, script  # noqa: F401  fixtures
+
+from flashcl.cli.bench.results import Results
+
+
+# ---- the figures
+
+
+@pytest.fixture
+def plots():
+    pytest.importorskip("matplotlib")
+    return script("plots")
+
+
+def grown(n, provider="dense", **more):
+    return replace(ROWS[0], n=n, provider=provider, ms=n / 10.0, ms_20=n / 12.0, ms_80=n / 9.0, **more)
+
+
+def test_figures_from_a_file(plots, tmp_path, capsys):
+    rows = [grown(64), grown(128), replace(grown(256), status="oom"), grown(64, "flashcl-torch"), ROWS[1]]
+    Results(ENVIRONMENT, rows).save(tmp_path / "r.json")
+    (tmp_path / "other.json").write_text('{"environment": {}, "rows": [1]}')  # of another program
+    files = [str(tmp_path / "r.json"), str(tmp_path / "other.json")]
+    assert plots.main([*files, "--out", str(tmp_path / "img")]) == 0
+    names = sorted(p.name for p in (tmp_path / "img").iterdir())
+    assert names == [f"cpu-one-float32-{kind}.png" for kind in ("roofline", "sizes", "widths")]
+    assert all((tmp_path / "img" / name).read_bytes().startswith(b"\x89PNG") for name in names)
+
+
+def test_figures_show_what_was_measured_and_where_memory_ended(plots):
+    rows = [grown(64), grown(128), replace(grown(256), status="oom", ms=None), replace(ROWS[1], n=256)]
+    figure = plots.scaling(rows)
+    panel = figure.axes[0]
+    curves = {line.get_label(): line for line in panel.lines if line.get_gid() is None}
+    assert list(curves) == ["dense"] and list(curves["dense"].get_xdata()) == [64, 128]
+    assert list(curves["dense"].get_ydata()) == [6.4, 12.8]
+    crosses = {line.get_gid(): list(line.get_xdata()) for line in panel.lines if line.get_gid()}
+    assert crosses == {"oom dense": [256]}
+    words = " ".join(text.get_text() for text in panel.texts)
+    assert "dense out of memory" in words and "not measured" not in words
+    wrong = replace(rows[0], provider="inf-cl", status="wrong", note="relative error of value 1e-01 against x")
+    below = plots.footed(figure, [Results(ENVIRONMENT, rows)], [*rows, wrong]).get_supxlabel()
+    assert (
+        'memeff: not installed, "so far"' in below
+        and "inf-cl: wrong for info_nce, relative error of value 1e-01" in below
+    )
+    assert "CPU: one, two" in below and "commit abc, today" in below
+
+
+def test_the_newest_measurement_is_drawn(plots):
+    old = Results(ENVIRONMENT | dict(date="2026-01-01"), [grown(64, error=0.5), grown(128, error=0.5)])
+    new = Results(
+        ENVIRONMENT | dict(date="2026-01-02"), [grown(64, error=0.1), replace(ROWS[1], n=128, provider="dense")]
+    )
+    assert {row.n: row.error for row in plots.newest([new, old])} == {64: 0.1, 128: 0.5}
+
+
+def test_figures_without_measurements_say_so(plots):
+    for figure in (plots.scaling(ROWS[1:]), plots.widths(ROWS[1:]), plots.roofline(ROWS[1:], 1.0)):
+        for panel in figure.axes:
+            if panel.get_visible():
+                assert "not measured" in [text.get_text() for text in panel.texts]
+
+
+def test_no_results_is_an_error(plots, tmp_path, capsys):
+    Results(ENVIRONMENT, []).save(tmp_path / "r.json")
+    assert plots.main([str(tmp_path / "r.json"), "--out", str(tmp_path)]) == 1
+    assert "no results" in capsys.readouterr().err and not list(tmp_path.glob("*.png"))
+
+
+# ---- the time of the host
+
+
+def test_host_time_without_a_gpu():
+    pytest.importorskip("triton")
+    command = [sys.executable, ROOT / "bench/host.py", "--stub", "--repeats", "5"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    times = [line.rsplit(maxsplit=2)[1:] for line in done.stdout.splitlines()[1:]]
+    assert len(times) == 5 and all(0 < float(v) < 1e3 for row in times for v in row), done.stdout
+
+
+# ---- the check of a GPU
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_check_says_so():
+    done = subprocess.run([sys.executable, ROOT / "bench/gpu.py"], capture_output=True, text=True)
+    assert done.returncode == 2 and "no CUDA GPU" in done.stderr and "Traceback" not in done.stderr and not done.stdout
+
+
+def test_the_cause_of_a_failure_is_named():
+    gpu = script("gpu")
+    assert gpu.cause("a\n  ValueError: no compiler\n\nhint: see above\n") == "ValueError: no compiler"
+    assert gpu.cause("one\ntwo\n") == "two" and gpu.cause("") == "no output"
+
+
+PYTEST_OUTPUT = """
+tests/test_gpu.py::test_contract[triton-dtype0-info_nce one-way-init] PASSED [ 25%]
+tests/test_gpu.py::test_contract[torch-dtype0-siglip-init] SKIPPED (no: PASSED) [ 50%]
+tests/test_gpu.py::test_shapes[triton-1-1] FAILED [ 75%]
+tests/test_gpu.py::test_cut_off[cuda-1]
+FAILED tests/test_gpu.py::test_shapes[triton-1-1] - AssertionError
+"""
+
+
+def test_outcomes_are_read_from_pytest():
+    gpu = script("gpu")
+    found = {name.split("::")[1]: outcome for name, outcome in gpu.outcomes_in(PYTEST_OUTPUT).items()}
+    assert found == {
+        "test_contract[triton-dtype0-info_nce one-way-init]": "PASSED",
+        "test_contract[torch-dtype0-siglip-init]": "SKIPPED",
+        "test_shapes[triton-1-1]": "FAILED",
+    }
+    backends = [
+        gpu.backend_of(name) for name in (*gpu.outcomes_in(PYTEST_OUTPUT), "tests/test_gpu.py::test_float64[siglip]")
+    ]
+    assert backends == ["triton", "torch", "triton", "others"]
+
+
+@pytest.mark.parametrize(
+    "code, text, verdict",
+    [
+        (0, "all shapes done\n========= ERROR SUMMARY: 0 errors", "clean"),
+        (0, "all shapes done\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "clean"),
+        (9, "all shapes done\n========= ERROR SUMMARY: 3 errors", "errors"),
+        (0, "all shapes done\n========= RACECHECK SUMMARY: 2 hazards displayed (0 errors, 2 warnings)", "errors"),
+        (0, "========= ERROR SUMMARY: 0 errors", "errors"),  # the program did not come to its end
+        (0, "all shapes done", "errors"),  # nobody watched
+        (None, "", "not finished"),
+    ],
+)
+def test_the_sanitizer_is_believed_only_when_clean(code, text, verdict):
+    assert script("gpu").sanitized(code, text).startswith(verdict)
+
+
+CLEAN = {f"triton {check}": "clean" for check in ("memcheck", "racecheck")}
+PASSED = {"tests/test_gpu.py::a[triton-1]": "PASSED", "tests/test_gpu.py::b[triton-2]": "SKIPPED"}
+
+
+@pytest.mark.parametrize(
+    "change, code, verified",
+    [
+        (dict(), 0, True),
+        (dict(tests=PASSED | {"tests/test_gpu.py::c[triton-3]": "FAILED"}), 1, False),
+        (dict(tests=PASSED | {"tests/test_gpu.py::c[triton-3]": "not run"}), 3, False),
+        (dict(tests={}), 3, False),
+        (dict(sanitizer=CLEAN | {"triton racecheck": "errors, code 9"}), 1, False),
+        (dict(sanitizer=CLEAN | {"triton racecheck": "not finished"}), 3, False),
+        (dict(bench="failed with code 1"), 1, True),
+        (dict(bench="not finished"), 3, True),
+        (dict(build="failed: no compiler"), 1, True),
+    ],
+    ids=str,
+)
+def test_the_summary_of_a_check(monkeypatch, tmp_path, capsys, change, code, verified):
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu, "environment", lambda: dict(device="a GPU", arch="sm90", sources="123"))
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "none")
+    check = gpu.Check("1/1", 60, tmp_path)
+    check.state |= dict(build="triton     usable", tests=PASSED, sanitizer=CLEAN, bench="done") | change
+    assert check.summary() == code
+    assert (tmp_path / "verified-triton-sm90.json").exists() == verified
+    assert not (tmp_path / "verified-cuda-sm90.json").exists()
+    assert (tmp_path / "gpu-summary.txt").read_text() == capsys.readouterr().out
+    assert gpu.Check("1/1", 60, tmp_path).state == check.state  # the next call goes on from it
+    monkeypatch.setattr(gpu, "environment", lambda: dict(device="a GPU", arch="sm90", sources="456"))
+    assert gpu.Check("1/1", 60, tmp_path).state["tests"] == {}  # but not with other sources
+
+
+def test_the_summary_has_a_line_for_each_workload(tmp_path):
+    rows = [*ROWS, replace(ROWS[0], provider="memeff"), replace(ROWS[2], provider="inf-cl", status="wrong")]
+    Results(ENVIRONMENT, rows).save(tmp_path / "r.json")
+    assert script("gpu").bench_lines(tmp_path / "r.json")[1:] == [
+        "  info_nce 64 x 16 float32: dense 1.5 ms 50% 3 MiB; memeff 1.5 ms 50% 3 MiB",
+        "  info_nce 128 x 16 float32: dense OOM; inf-cl WRONG",
+    ]
+    assert script("gpu").bench_lines(tmp_path / "none.json") == []
+
+
+def test_a_stage_ends_with_its_time(monkeypatch, tmp_path):
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu, "environment", lambda: dict(sources="123"))
+    check = gpu.Check("1/1", 4, tmp_path)
+    assert check.run("tests", [sys.executable, "-c", "print('done')"]) == (0, "done\n")
+    start = time.monotonic()
+    code, text = check.run("tests", [sys.executable, "-c", "import time; print('begun'); time.sleep(60)"])
+    assert (code, text) == (None, "begun\n") and time.monotonic() - start < 20
+    assert check.run("build", [sys.executable, "-c", "print('late')"]) == (None, "")  # its share is over
