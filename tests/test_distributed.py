@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -257,6 +258,28 @@ def own_slot_only(rank, world) -> list[str]:
     return wrong
 
 
+def columns_of_some(rank, world) -> list[str]:
+    """Ranks that backpropagate through their rows alone still give other ranks' columns what is theirs."""
+    wrong, n = [], 5
+    x, y = (torch.randn(n * world, D, dtype=DOUBLE, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    own = slice(n * rank, n * rank + n)
+
+    def used(row, col, r):
+        return row.sum() if r == world - 1 else row.sum() + 3 * col.sum()
+
+    x.requires_grad_(), y.requires_grad_()
+    s = x @ y.T
+    parts = zip(s.logsumexp(1).split(n), s.logsumexp(0).split(n))
+    expected = torch.autograd.grad(sum(used(row, col, r) for r, (row, col) in enumerate(parts)), (x, y))
+    for strategy in ("ring", "gather"):
+        a, b = x[own].detach().requires_grad_(), y[own].detach().requires_grad_()
+        used(*flashcl.similarity_logsumexp(a, b, group=world_group(strategy)), rank).backward()
+        for got, whole in zip((a.grad, b.grad), expected):
+            if not torch.allclose(got, whole[own], rtol=1e-10, atol=1e-14):
+                wrong.append(f"{strategy}: {got} is not {whole[own]}")
+    return wrong
+
+
 # ---- what is sent --------------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +392,10 @@ def disagreements(rank, world) -> list[str]:
     wrong += refused(lambda: flashcl.info_nce(leaf(), leaf(), temperature=1.0, group=strategy), "agree", "strategy 'gather'")
     chunks = flashcl.Group(group, chunk_bytes=2**20 if odd else 64)
     wrong += refused(lambda: flashcl.info_nce(leaf(), leaf(), temperature=1.0, group=chunks), "agree", "chunk_bytes 64")
+    convention = flashcl.Group(group, convention="global" if odd else "global_grad")
+    wrong += refused(lambda: flashcl.info_nce(leaf(), leaf(), temperature=1.0, group=convention), "agree", "convention 'global'")
+    with torch.no_grad() if odd else nullcontext():
+        wrong += refused(lambda: info_nce(leaf()), "agree", "any gradient wanted False", "any gradient wanted True")
     one = leaf().detach() if odd else leaf()
     wrong += refused(lambda: info_nce(one, one), "agree", "any gradient wanted False", "any gradient wanted True")
     siglip = dict(logit_scale=1.0, logit_bias=0.0, reduction="none", group=group)
@@ -394,7 +421,7 @@ def a_rank_stalls(rank, world) -> list[str]:
     if rank == world - 1:
         return []
     start, x = time.monotonic(), torch.ones(3, D)
-    wrong = refused(lambda: flashcl.info_nce(x, x, temperature=1.0, group=group), "timed out waiting", f"rank {rank} of {world}")
+    wrong = refused(lambda: flashcl.info_nce(x, x, temperature=1.0, group=group), "failed while waiting", f"rank {rank} of {world}")
     took = time.monotonic() - start
     return wrong + [f"it took {took} s"] * (took > 20)
 
@@ -405,7 +432,7 @@ def a_rank_dies(rank, world) -> list[str]:
     if rank == 1:
         os._exit(0)
     start = time.monotonic()
-    wrong = refused(lambda: flashcl.info_nce(x, x, temperature=1.0, group=dist.group.WORLD), "timed out waiting", f"rank {rank}")
+    wrong = refused(lambda: flashcl.info_nce(x, x, temperature=1.0, group=dist.group.WORLD), "failed while waiting", f"rank {rank}")
     return wrong + [f"it took {time.monotonic() - start} s"] * (time.monotonic() - start > 30)
 
 
@@ -420,6 +447,7 @@ OTHERS = {
     explained: WORLDS,
     conventions: WORLDS,
     own_slot_only: WORLDS,
+    columns_of_some: WORLDS,
     bytes_as_planned: (2, 3),
     a_rank_stalls: WORLDS[1:],
     disagreements: WORLDS[1:],

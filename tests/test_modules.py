@@ -47,7 +47,7 @@ def test_nt_xent_and_sup_con_compute_the_functions(views):
 
 def test_scale_is_at_most_100_and_can_come_back(views):
     """Pairs that contradict the labels lower the scale: the limit must not stop that gradient, only the one that raises it."""
-    x, y = views
+    x, _ = views
     loss = flashcl.InfoNCELoss()
     with torch.no_grad():
         loss.log_logit_scale.fill_(math.log(120.0))
@@ -76,9 +76,9 @@ def test_a_temperature_is_what_it_was_set_to(views):
     for loss in (flashcl.InfoNCELoss(0.005, learnable=False), flashcl.InfoNCELoss(0.005, max_logit_scale=None)):
         assert loss(*views).item() == pytest.approx(flashcl.info_nce(*views, temperature=0.005).item())
     for make in (flashcl.InfoNCELoss, flashcl.NTXentLoss, flashcl.SupConLoss):
-        with pytest.raises(ValueError, match="temperature must be positive, got 0"):
+        with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
             make(0.0)
-    with pytest.raises(ValueError, match="logit_scale must be positive, got -1"):
+    with pytest.raises(ValueError, match="logit_scale must be positive and finite, got -1"):
         flashcl.SigLIPLoss(-1.0)
 
 
@@ -98,6 +98,16 @@ def test_options_are_checked_when_made_and_shown(make):
         make(reduction_="mean")
     with torch.device("meta"):
         assert "logit_scale=?" in repr(make())
+
+
+@pytest.mark.parametrize("scale", [20.0, 120.0])
+def test_a_module_is_one_graph(scale, views):
+    loss = flashcl.InfoNCELoss()
+    with torch.no_grad():
+        loss.log_logit_scale.fill_(math.log(scale))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    gradients = [torch.autograd.grad(call(views[0], -views[0]), loss.log_logit_scale)[0] for call in (loss, compiled)]
+    assert torch.equal(*gradients) and gradients[0] != 0
 
 
 def test_modules_train():

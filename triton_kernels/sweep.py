@@ -74,7 +74,7 @@ def smallest(row_total, col_total, COLS: tl.constexpr):
 def sums_of_one_class(s, row_at, row_plane, col_at, col_plane, col_mask, whole, COLS: tl.constexpr, SMALLEST: tl.constexpr):
     """Statistics of the rows and columns of s (BN, BM): from one exp per logit where the top of the tile serves them all.
 
-    It does where no total comes near the smallest numbers. A tile that is not whole has totals of 0 past the edge.
+    It does where no total is below SMALLEST. A tile that is not whole has totals of 0 past the edge.
     """
     top = tl.max(s)
     e = tl.exp(s - or_zero(top))

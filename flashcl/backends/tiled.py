@@ -1,4 +1,4 @@
-"""What the backends with kernels share: how S is cut into blocks, how vectors are laid out for whole tiles, and what becomes
+"""What backends share, those with kernels most of it: how S is cut into blocks, how vectors are laid out for whole tiles, and what becomes
 of the numbers that the kernels leave for every tile."""
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 
 import flashcl
 from flashcl.cli import corpus, memory, report, search, training
+from flashcl.cli.arguments import at_least_one, positive
 from flashcl.cli.encoder import DIM
 from flashcl.cli.info import default_device, describe
 from flashcl.cli.memory import Measured
@@ -31,27 +31,17 @@ def add_parser(commands) -> None:
         "Then --search asks the trained model.",
     )
     parser.add_argument("--search", metavar="QUERY", help="ask the trained model for functions instead of training one")
-    parser.add_argument("--batch", type=_positive_int, default=1024, help="batch of dense and flashcl (default: 1024)")
-    parser.add_argument("--large-batch", type=_positive_int, help="of flashcl alone (default: 16384, on a GPU 32768)")
-    parser.add_argument("--steps", type=_positive_int, default=150, help="optimizer steps of each run (default: 150)")
+    parser.add_argument("--batch", type=at_least_one, default=1024, help="batch of dense and flashcl (default: 1024)")
+    parser.add_argument("--large-batch", type=at_least_one, help="of flashcl alone (default: 16384, on a GPU 32768)")
+    parser.add_argument("--steps", type=at_least_one, default=150, help="optimizer steps of each run (default: 150)")
     parser.add_argument(
-        "--seconds", type=_positive, default=40, help="the large-batch run ends after so many (default: 40)"
+        "--seconds", type=positive, default=40, help="the large-batch run ends after so many (default: 40)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--code", type=Path, metavar="DIR", help="learn the Python files under DIR instead")
     parser.add_argument("--out", type=Path, default=Path("flashcl-demo"), help="for all files (default: flashcl-demo)")
     parser.add_argument("--seed", type=int, default=0)
     parser.set_defaults(run=run)
-
-
-def _positive_int(text: str) -> int:
-    return int(_positive(text, int))
-
-
-def _positive(text: str, kind: type = float) -> float:
-    if (value := kind(text)) <= 0:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text}")
-    return value
 
 
 def run(args) -> int:

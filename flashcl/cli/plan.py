@@ -154,7 +154,8 @@ class Plan:
         on_its_way = 2 * in_flight * self.dim * (self.itemsize + STATISTIC)
         block = 2 * self.lines * self.dim * STATISTIC  # gradients that one call of a backend returns
         vectors = self.lines * self.ranks * (4 + self.classes * 4 * STATISTIC)
-        return towers + on_its_way + block + vectors + WORKSPACE
+        labels = 2 * self.lines * self.dim * (8 + STATISTIC) if self.loss == "sup_con" else 0  # class sums, in float64 and rounded
+        return towers + on_its_way + block + labels + vectors + WORKSPACE
 
     def largest_batch(self, strategy: str, memory: float) -> int:
         """The largest batch, in whole rows per rank, whose step fits the memory; 0 if none does."""

@@ -63,9 +63,8 @@ def log_sum_exp(
     backend: str,
 ) -> Masses:
     y, col_bias = _another(y, x), _another(col_bias, row_bias)
-    return Masses(
-        *_LogSumExp.apply(x, y, *_statistic_dtype(x, logit_scale, row_bias, col_bias), pairs, need_cols, backend)
-    )
+    tensors = x, y, *_statistic_dtype(x, logit_scale, row_bias, col_bias)
+    return Masses(*_LogSumExp.apply(*tensors, pairs, need_cols, _backward_follows(*tensors), backend))
 
 
 def softplus_sum(
@@ -80,10 +79,14 @@ def softplus_sum(
 ) -> Tensor:
     """(N,) float64 or, not per_row, their sum: then gradients are made in the forward sweep, and backward only scales them."""
     y, (logit_scale, row_bias) = _another(y, x), _statistic_dtype(x, logit_scale, row_bias)
-    # Inside an autograd function no_grad does not show: without it the gradients would be made all the same.
-    each = per_row or not torch.is_grad_enabled()
-    loss = _SoftplusSum.apply(x, y, logit_scale, row_bias, pairs, each, backend)
+    backward = _backward_follows(x, y, logit_scale, row_bias)
+    loss = _SoftplusSum.apply(x, y, logit_scale, row_bias, pairs, per_row or not backward, backward, backend)
     return loss if per_row else loss.sum()
+
+
+def _backward_follows(*tensors: Tensor | None) -> bool:
+    """Asked outside of an autograd function: inside, neither no_grad nor inference_mode shows."""
+    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
 
 
 def _another(b: Tensor | None, a: Tensor | None) -> Tensor | None:
@@ -111,7 +114,7 @@ def _first_order_only() -> None:
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, logit_scale, row_bias, col_bias, pairs: Pairs, need_cols: bool, backend: str):
+    def forward(ctx, x, y, logit_scale, row_bias, col_bias, pairs: Pairs, need_cols: bool, keep: bool, backend: str):
         problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, pairs), pairs.positives()
         products, mean = None, None
         if positives is not None:
@@ -119,7 +122,7 @@ class _LogSumExp(torch.autograd.Function):
             mean = _logits(products, problem)
         if pairs.labels is not None:
             problem = replace(problem, center=mean.to(problem.stat_dtype))
-        s = ops.sweep(problem, need_cols=need_cols, keep=any(ctx.needs_input_grad), backend=backend, group=pairs.group)
+        s = ops.sweep(problem, need_cols=need_cols, keep=keep, backend=backend, group=pairs.group)
         col_parts = None if s.col is None else s.col.parts
         places = () if pairs.labels is None else (positives.ordered, positives.slot, positives.inverse)
         ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.parts, col_parts, products, s.kept, *places)
@@ -138,6 +141,8 @@ class _LogSumExp(torch.autograd.Function):
         _first_order_only()
         x, y, logit_scale, row_bias, col_bias, row_parts, col_parts, products, kept, *places = ctx.saved_tensors
         problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, ctx.pairs), ctx.pairs.positives(places)
+        if ctx.pairs.group and col_parts is not None and d_col is None:  # another rank may use its columns
+            d_col = torch.zeros_like(LogSumExp(col_parts).top[0], dtype=torch.float64)
         row, col = LogSumExp(row_parts), None if d_col is None else LogSumExp(col_parts)
         d_row, d_pos = (_or_zeros(d, row) for d in (d_row, d_pos))
         about, beside = None, 0.0
@@ -152,7 +157,7 @@ class _LogSumExp(torch.autograd.Function):
         needs = _needs(*ctx.needs_input_grad[:5])
         where = dict(backend=ctx.backend, group=ctx.pairs.group)
         g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=x.dtype, beside=beside, kept=kept, **where)
-        return g.dx, g.dy, g.d_scale, g.g_rows, g.g_cols, None, None, None
+        return g.dx, g.dy, g.d_scale, g.g_rows, g.g_cols, None, None, None, None
 
 
 def _needs(x: bool, y: bool, scale: bool, row_bias: bool, col_bias: bool = False) -> Needs:
@@ -215,7 +220,7 @@ def _mean_product(p: Problem, group: str) -> Tensor:
 
 class _SoftplusSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, logit_scale, row_bias, pairs: Pairs, per_row: bool, backend: str):
+    def forward(ctx, x, y, logit_scale, row_bias, pairs: Pairs, per_row: bool, keep: bool, backend: str):
         ctx.pairs, ctx.per_row, ctx.backend = pairs, per_row, backend
         problem, positives = _problem(x, y, logit_scale, row_bias, None, pairs), pairs.positives()
         products = positives.products(problem, backend)
@@ -223,10 +228,9 @@ class _SoftplusSum(torch.autograd.Function):
         of_positive = torch.nn.functional.softplus(-pos, threshold=50.0)
         d_pos = torch.expm1(-of_positive)  # -sigmoid(-pos), from exp(-softplus(-pos)) = sigmoid(pos)
         needs = _needs(*ctx.needs_input_grad[:4])
-        if per_row or not any(needs):
+        if per_row:
             ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos)
-            row = ops.sweep_softplus(problem, keep=any(needs), backend=backend, group=pairs.group) + of_positive
-            return row if per_row else row.sum()
+            return ops.sweep_softplus(problem, keep=keep, backend=backend, group=pairs.group) + of_positive
         c = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype))
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
         beside = torch.dot(d_pos, products)
@@ -246,13 +250,13 @@ class _SoftplusSum(torch.autograd.Function):
             needs, beside = _needs(*ctx.needs_input_grad[:4]), torch.dot(d_pos, products)
             where = dict(backend=ctx.backend, group=ctx.pairs.group)
             g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=x.dtype, beside=beside, **where)
-            return g.dx, g.dy, g.d_scale, g.g_rows, None, None, None
+            return g.dx, g.dy, g.d_scale, g.g_rows, None, None, None, None
         # The gradient of a column has come from the rows of all ranks already, each with an upstream gradient of 1.
         what = 'the upstream gradient of siglip (reduction="none" lets each rank have its own)'
         upstream = ops.same_on_all_ranks(upstream, what, ctx.pairs.group)
         dx, dy, d_scale, d_row_bias = (None if g is None else g * upstream for g in ctx.saved_tensors)
         dx, dy = (None if g is None else g.to(ctx.dtype) for g in (dx, dy))
-        return dx, dy, d_scale, d_row_bias, None, None, None
+        return dx, dy, d_scale, d_row_bias, None, None, None, None
 
 
 def _of_all_pairs(

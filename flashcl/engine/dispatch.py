@@ -34,13 +34,14 @@ def unusable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def choose(backend: str, x: Tensor) -> str:
-    """The name of the backend that serves x. An explicit name never falls back: it is served or refused."""
+    """The name of the backend that serves x, in the dtype that the engine gets it in. An explicit name never falls back."""
+    dtype = checks.computed_dtype(x)
     if backend == "auto":
-        backend = next(name for name in BACKENDS if _passed_over(name, x.device, x.dtype) is None)
+        backend = next(name for name in BACKENDS if _passed_over(name, x.device, dtype) is None)
     if backend not in BACKENDS:
         raise ValueError(f'backend must be "auto" or one of {", ".join(map(repr, BACKENDS))}, got {backend!r}')
-    if reason := unusable(backend, x.device, x.dtype):
-        raise RuntimeError(f"backend {backend!r} cannot serve {x.dtype} on {x.device} here: {reason}")
+    if reason := unusable(backend, x.device, dtype):
+        raise RuntimeError(f"backend {backend!r} cannot serve {dtype} on {x.device} here: {reason}")
     return backend
 
 
@@ -49,26 +50,27 @@ def explain(x: Tensor, y: Tensor | None = None, *, group: ProcessGroup | Group |
 
     With a group, how rows of the other ranks come here; nothing is sent, so that they are taken to hold as many as this one.
     Returns text of one line per backend, the chosen one marked, and one for the group.
-    Raises ValueError or TypeError for what the losses refuse.
+    Raises what the losses would: ValueError or TypeError, RuntimeError if no backend serves such tensors.
     """
     checks.embeddings(group, x=x, y=x if y is None else y)
-    lines = [f"{len(x)} x {len(x if y is None else y)} logits of width {x.shape[1]}, {x.dtype} on {x.device}"]
+    y, dtype = x if y is None else y, checks.computed_dtype(x)
+    lines = [f"{len(x)} x {len(y)} logits of width {x.shape[1]}, {dtype} on {x.device}"]
     chosen = choose("auto", x)
     for name in BACKENDS:
-        reason = _passed_over(name, x.device, x.dtype)
+        reason = _passed_over(name, x.device, dtype)
         if name == chosen:
             lines.append(f"-> {name}: chosen, the first of {', '.join(BACKENDS)} that applies")
         else:
             lines.append(f"   {name}: {reason or 'applies, but is slower'}")
     if group is not None:
-        lines.append(_explain_group(Group.of(group), x if y is None else y))
+        lines.append(_explain_group(Group.of(group), len(y), x.shape[1] * dtype.itemsize))
     return "\n".join(lines)
 
 
-def _explain_group(group: Group, y: Tensor) -> str:
-    ranks, line_bytes = group.process_group.size(), y.shape[1] * y.itemsize
-    size, strategy = ranks * len(y) * line_bytes, choose_strategy(group.strategy, ranks * len(y), line_bytes, group.chunk_bytes)
-    rows = f"the rows of all ranks take about {size / 2**20:.1f} MiB"
+def _explain_group(group: Group, lines: int, line_bytes: int) -> str:
+    ranks = group.process_group.size()
+    strategy = choose_strategy(group.strategy, ranks * lines, line_bytes, group.chunk_bytes)
+    rows = f"the rows of all ranks take about {ranks * lines * line_bytes / 2**20:.1f} MiB"
     reason = {
         "gather": f"{rows}, no more than one all-gather of {group.chunk_bytes / 2**20:.1f} MiB brings: one wait, not {ranks - 1}",
         "ring": f"{rows}, more than one all-gather of {group.chunk_bytes / 2**20:.1f} MiB: no row is padded, and of a "

@@ -55,6 +55,7 @@ def sweep(problem: Problem, *, need_cols: bool, keep: bool, backend: str, group:
 
 def sweep_softplus(problem: Problem, *, keep: bool, backend: str, group: str) -> Tensor:
     """`problem.py` says what comes back; keep: whether there will be a backward, in which the ranks of a group must agree."""
+    assert not problem.triangular
     return _sweep_softplus(*_unpack(problem), keep, backend, group)
 
 
@@ -69,6 +70,7 @@ def grad(
 ) -> Grads:
     """`problem.py` says what comes back."""
     if isinstance(c, Sigmoid):
+        assert not problem.triangular
         vectors = [c.row_weight] + [None] * 6
     else:
         row_lse, col_lse = (None if lse is None else lse.parts for lse in (c.row_lse, c.col_lse))

@@ -82,7 +82,7 @@ class SameLabel:
 def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The tensors, of which the first is (N, D), some rows at a time, side by side: bounds the wide copies made of them.
 
-    On a GPU in chunks of 64 MiB of float32, since each is a launch; on a CPU of 2 MiB, which its caches hold.
+    On a GPU in chunks of 64 MiB of float32, since each is a launch; on a CPU of 2 MiB, which its caches hold. (float64: twice.)
     """
     elements = 2**24 if tensors[0].is_cuda else 2**19
     rows = max(elements // tensors[0].shape[1], 1)
@@ -128,7 +128,7 @@ def _label_sums(x: Tensor, labels: Tensor, ordered: Tensor, slot: Tensor, weight
 def _add_by_slot_(sums: Tensor, x: Tensor, slot: Tensor, weights: Tensor) -> None:
     for total, each in zip(sums, weights):
         for a, k, w in _in_chunks(x, slot, each):
-            # On a GPU index_put_ sorts and so adds in a fixed order; index_add_ would add in any. On a CPU it does so in float64.
+            # In a fixed order: on a GPU index_put_ sorts (index_add_ does not), on a CPU it is serial in float64, not in float32.
             total.index_put_((k,), a.to(total.dtype) * w[:, None], accumulate=True)
 
 

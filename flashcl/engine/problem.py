@@ -201,7 +201,7 @@ class Backend(Protocol):
     def sweep_softplus(self, problem: Problem) -> Tensor:
         """(N,) stat_dtype: sum_j softplus(s_ij)."""
 
-    def grad(self, problem: Problem, coefficients: Softmax | Sigmoid, needs: Needs, *, kept: Tensor | None) -> Grads:
+    def grad(self, problem: Problem, coefficients: Softmax | Sigmoid, needs: Needs, *, kept: Tensor | None = None) -> Grads:
         """kept: what a sweep of the same problem left."""
 
     def partner_products(self, x: Tensor, y: Tensor, shift: int) -> Tensor:

@@ -85,8 +85,7 @@ class Group:
         return "" if group is None else group.encode()
 
     def encode(self) -> str:
-        partial = "partial" if self.convention == "local_partial" else "whole"
-        return "\n".join([self.process_group.group_name, self.strategy, partial, str(self.chunk_bytes)])
+        return "\n".join([self.process_group.group_name, self.strategy, self.convention, str(self.chunk_bytes)])
 
 
 # Bytes of what a rank says, whatever it has to say: so ranks that disagree still understand each other.
@@ -100,13 +99,13 @@ class Ranks:
 
     def __init__(self, encoded: str, device: torch.device, what: str, same: dict, counts: tuple[int, ...]):
         """`same` must be equal on all ranks; `counts` may differ, and become `self.counts`, one tuple per rank."""
-        name, self.strategy, partial, chunk_bytes = encoded.split("\n")
-        self.partial, self.chunk_bytes = partial == "partial", int(chunk_bytes)
+        name, self.strategy, convention, chunk_bytes = encoded.split("\n")
+        self.partial, self.chunk_bytes = convention == "local_partial", int(chunk_bytes)
         self.group = dist.distributed_c10d._resolve_process_group(name)
         self.rank, self.size, self.device = self.group.rank(), self.group.size(), device
         self.what = f"{what}, number {next(_meetings[name])} in this group"
-        ours = {"operation": self.what, "strategy": self.strategy, "partial": partial, "chunk_bytes": self.chunk_bytes}
-        said = self._say(ours | same, counts)
+        options = {"strategy": self.strategy, "convention": convention, "chunk_bytes": self.chunk_bytes}
+        said = self._say({"operation": self.what} | options | same, counts)
         first, _ = said[0]
         for rank, (facts, _) in enumerate(said):
             if differ := [key for key in first | facts if first.get(key) != facts.get(key)]:
@@ -133,7 +132,7 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise RuntimeError(
-                f"flashcl: rank {self.rank} of {self.size} timed out waiting for {what} ({self.what}). Another rank has died, "
+                f"flashcl: rank {self.rank} of {self.size} failed while waiting for {what} ({self.what}). Another rank has died, "
                 f"stalled, raised an error of its own, or called flashcl a different number of times. {error}"
             ) from error
 

@@ -58,7 +58,7 @@ class Results:
             data = json.loads(path.read_text())
             return cls(dict(data["environment"]), [Row(**row) for row in data["rows"]])
         except (ValueError, KeyError, TypeError) as error:
-            raise SystemExit(f"{path} is no result of flashcl bench: {error!r}") from None
+            raise OSError(f"{path} is no result of flashcl bench: {error!r}") from None
 
     def save(self, path: Path) -> None:
         """JSON, and the same as CSV beside it. Whole files replace whole files: there is always a valid one."""
