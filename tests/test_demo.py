@@ -286,7 +286,7 @@ def test_too_little_code_is_refused(tmp_path, capsys):
 def test_numbers_must_be_positive(option, capsys):
     with pytest.raises(SystemExit):
         arguments(option, 0)
-    assert "expected a positive number, got 0" in capsys.readouterr().err
+    assert f"argument {option}: expected" in capsys.readouterr().err
 
 
 # ---- report
