@@ -147,7 +147,7 @@ class Plan:
     # ---- what is held, in bytes
 
     def memory(self, strategy: str) -> float:
-        """Both towers, their gradients in float32 and in their dtype, what is on its way, a workspace, and vectors."""
+        """Both towers, their gradients in float32 and in their dtype, what is on its way, class sums, a workspace, and vectors."""
         sides = 1 if self.symmetric else 2
         towers = sides * self.lines * self.dim * (2 * self.itemsize + STATISTIC)
         in_flight = self.lines if strategy == "ring" else self.ranks * self.chunk_lines()

@@ -227,11 +227,10 @@ class _SoftplusSum(torch.autograd.Function):
         pos = _logits(products, problem)
         of_positive = torch.nn.functional.softplus(-pos, threshold=50.0)
         d_pos = torch.expm1(-of_positive)  # -sigmoid(-pos), from exp(-softplus(-pos)) = sigmoid(pos)
-        needs = _needs(*ctx.needs_input_grad[:4])
         if per_row:
             ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos)
             return ops.sweep_softplus(problem, keep=keep, backend=backend, group=pairs.group) + of_positive
-        c = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype))
+        c, needs = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype)), _needs(*ctx.needs_input_grad[:4])
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
         beside = torch.dot(d_pos, products)
         where = dict(backend=backend, group=pairs.group)
