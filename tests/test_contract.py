@@ -174,6 +174,24 @@ def test_few_labels(monkeypatch):
         assert violations(c, SINGLE, backend="torch") == []
 
 
+LABELS = {
+    "few in a tile": torch.arange(70) % 30,
+    "many in a tile": torch.arange(70) % 3,
+    "both": torch.cat([torch.zeros(35, dtype=torch.int64), torch.arange(1, 36) % 29]),
+    "none": torch.arange(70),
+}
+
+
+@pytest.mark.parametrize("regime", ["init", "cone", "large", "t=0.005"])
+@pytest.mark.parametrize("labels", LABELS)
+@pytest.mark.parametrize("dtype", [DOUBLE, SINGLE, BF16])
+def test_labels(regime, labels, dtype):
+    """Of few positives the torch backend lists the pairs, of many it has masks; one row may meet both."""
+    c = case("sup_con", regime, n=70)
+    c = replace(c, options=c.options | dict(labels=LABELS[labels]))
+    assert violations(c, dtype, backend="torch") == []
+
+
 @pytest.mark.parametrize("regime", ["init", "large"])
 @pytest.mark.parametrize("n, m", [(20, 2200), (2200, 20)])
 def test_many_tiles_in_a_line(backend, n, m, regime):

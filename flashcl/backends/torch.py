@@ -29,6 +29,9 @@ _CPU_TILE, _GPU_TILE = (1024, 512), (4096, 4096)
 # N <= 4096, so that small problems do the 6 N M D of the dense formula. On a GPU the recomputation is cheap.
 _KEPT_BYTES = 64 * 2**20
 
+# Equal ids are listed as pairs up to this share of a tile, and are a mask beyond it: lists cost by their length, masks by the tile.
+_MANY_PAIRS = 1 / 8
+
 # The lines of a tile may share one exp per logit, exp(s - top), where no sum is below this: e^-16. s - top is rounded by half a
 # unit in the last place of the spread, which at 16 is 5e-7 of a term.
 _SAFE_SUM = 1e-7
@@ -116,11 +119,14 @@ class _Tiles:
         return product
 
 
+_Pairs = Tensor | tuple[Tensor, Tensor]  # an index into a tile: a mask (BN, BM), or rows (P,) and columns (P,)
+
+
 class _Classes(NamedTuple):
     """What a pair program says of a tile, None where it says nothing."""
 
-    dropped: Tensor | tuple[Tensor, Tensor] | None  # an index into the tile: a mask (BN, BM), or the pairs (P,), (P,)
-    positive: Tensor | None = None  # (BN, BM) mask
+    dropped: _Pairs | None
+    positive: _Pairs | None = None
 
 
 def _classes(program: str, rows: list[Tensor], cols: list[Tensor]) -> _Classes:
@@ -130,29 +136,40 @@ def _classes(program: str, rows: list[Tensor], cols: list[Tensor]) -> _Classes:
         case "different":
             return _Classes(_equal(rows[0], cols[0]))
         case "by_label":
-            same, positive = _equal(rows[0], cols[0]), rows[1][:, None] == cols[1]
-            if same is not None:
-                _fill_(positive, same, False)
-            return _Classes(same, positive)
+            same, positive = _equal(rows[0], cols[0]), _equal(rows[1], cols[1])
+            return _Classes(same, _without(positive, same, rows[0], cols[0]))
     raise ValueError(f"the torch backend has no pair program {program!r}")
 
 
-def _equal(row_id: Tensor, col_id: Tensor) -> Tensor | tuple[Tensor, Tensor] | None:
-    """The pairs of equal ids: as a mask on a GPU, where the host must not wait to count them; there mostly are few."""
+def _equal(row_id: Tensor, col_id: Tensor) -> _Pairs:
+    """The pairs of equal ids: a mask on a GPU, where the host must not wait to count them, and where there are many."""
     if row_id.device.type != "cpu":
         return row_id[:, None] == col_id
     (row_first, row_last), (col_first, col_last) = row_id.aminmax(), col_id.aminmax()
     if row_last < col_first or col_last < row_first:  # ids mostly are row numbers: only tiles on the diagonal have equal ones
-        return None
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
+        return none, none
     ordered, j = col_id.sort()
     first, end = (torch.searchsorted(ordered, row_id.contiguous(), right=right) for right in (False, True))
     count = end - first  # how many columns have the id of each row
+    if count.sum() > _MANY_PAIRS * len(row_id) * len(col_id):
+        return row_id[:, None] == col_id
     i = torch.arange(len(row_id), device="cpu").repeat_interleave(count)
     nth = torch.arange(len(i), device="cpu") - (count.cumsum(0) - count)[i]
     return i, j[first[i] + nth]
 
 
-def _fill_(tile: Tensor, pairs: Tensor | tuple[Tensor, Tensor], value: float) -> None:
+def _without(positive: _Pairs, same: _Pairs, row_id: Tensor, col_id: Tensor) -> _Pairs:
+    """`positive` less the pairs of equal ids."""
+    if isinstance(positive, tuple):
+        i, j = positive
+        other = row_id[i] != col_id[j]
+        return i[other], j[other]
+    _fill_(positive, same, False)
+    return positive
+
+
+def _fill_(tile: Tensor, pairs: _Pairs, value: float) -> None:
     if isinstance(pairs, tuple):
         tile[pairs] = value
     else:
@@ -174,13 +191,13 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool) -> Statistics:
         for j, _, s, classes, _, free in tiles.along(i, x):
             mirrored = p.triangular and j.start > i.start
             if deviation is not None:
-                deviation[i] += _masked_sum(torch.sub(s, p.center[i, None], out=free), classes.positive, 1)
+                deviation[i] += _deviation(s, p.center[i], classes.positive, free, 1)
                 if mirrored:
-                    deviation[j] += _masked_sum(torch.sub(s, p.center[j], out=free), classes.positive, 0)
+                    deviation[j] += _deviation(s, p.center[j], classes.positive, free, 0)
                 if col_deviation is not None:
-                    col_deviation[j] += _masked_sum(torch.sub(s, p.col_center[j], out=free), classes.positive, 0)
-            for k, part in enumerate(_split(s, classes.positive)):
-                of_rows, of_cols = _tile_sums(part, free, need_cols=need_cols or mirrored)
+                    col_deviation[j] += _deviation(s, p.col_center[j], classes.positive, free, 0)
+            sums = _class_sums(s, classes.positive, free, need_cols=need_cols or mirrored)
+            for k, (of_rows, of_cols) in enumerate(sums):
                 in_rows[k].append(of_rows)
                 if of_cols is not None:
                     in_cols[k].append(of_cols)
@@ -196,16 +213,17 @@ def _no_deviation(p: Problem, center: Tensor | None) -> Tensor | None:
     return None if center is None else torch.zeros(len(center), dtype=torch.float64, device=p.x.device)
 
 
-def _masked_sum(values: Tensor, mask: Tensor, axis: int) -> Tensor:
-    return values.masked_fill_(~mask, 0.0).sum(axis)
+def _deviation(s: Tensor, center: Tensor, positive: _Pairs, free: Tensor, axis: int) -> Tensor:
+    """sum of s - center over the positives of each row (axis 1, center (BN,)), or of each column (axis 0, center (BM,))"""
+    if isinstance(positive, tuple):
+        line = positive[1 - axis]
+        return _line_sums(s[positive] - center[line], line, len(center))
+    return torch.sub(s, center.unsqueeze(axis), out=free).masked_fill_(~positive, 0.0).sum(axis)
 
 
-def _split(s: Tensor, positive: Tensor | None) -> Iterator[Tensor]:
-    """The logits of each class, -inf elsewhere. The last one is s itself, overwritten."""
-    if positive is not None:
-        yield s.masked_fill(positive, -torch.inf)
-        s.masked_fill_(~positive, -torch.inf)
-    yield s
+def _line_sums(v: Tensor, line: Tensor, n: int) -> Tensor:
+    """The sums of all v (P,) of one line, (n,) float64: in that dtype a CPU adds them one after the other, in float32 in any order."""
+    return torch.zeros(n, dtype=torch.float64, device=v.device).index_put_((line,), v.double(), accumulate=True)
 
 
 class _Running:
@@ -234,8 +252,23 @@ def _fold(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return top, decay.mul_(totals).sum(0)
 
 
+def _class_sums(s: Tensor, positive: _Pairs | None, free: Tensor, *, need_cols: bool) -> Iterator[tuple[tuple, tuple | None]]:
+    """(top, sum of exp(s - top)) of each row (BN,), and of each column (BM,), of one class after the other. Overwrites s."""
+    if positive is None:
+        yield _tile_sums(s, free, need_cols=need_cols)
+    elif isinstance(positive, tuple):
+        of_positives = s[positive]  # (P,)
+        _fill_(s, positive, -torch.inf)
+        yield _tile_sums(s, free, need_cols=need_cols)
+        row, col = (_own_top_sums_of_pairs(of_positives, line, n) for line, n in zip(positive, s.shape))
+        yield row, col if need_cols else None
+    else:
+        yield _tile_sums(s.masked_fill(positive, -torch.inf), free, need_cols=need_cols)
+        yield _tile_sums(s.masked_fill_(~positive, -torch.inf), free, need_cols=need_cols)
+
+
 def _tile_sums(s: Tensor, free: Tensor, *, need_cols: bool) -> tuple[tuple, tuple | None]:
-    """(top, sum of exp(s - top)) of each row (BN,), and of each column (BM,): one exp per logit where that is safe."""
+    """The same of all logits: one exp for each where that is safe."""
     if s.device.type == "cpu":
         top = s.amax()
         e = torch.sub(s, top, out=free).exp_()  # (BN, BM)
@@ -250,6 +283,12 @@ def _own_top_sums(s: Tensor, free: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     top = s.amax(axis)
     shift = top.masked_fill(top.isinf(), 0.0)  # of no pair: the sum is 0; of +inf: it is +inf
     return top, torch.sub(s, shift.unsqueeze(axis), out=free).exp_().sum(axis)
+
+
+def _own_top_sums_of_pairs(s: Tensor, line: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    top = s.new_full((n,), -torch.inf).scatter_reduce_(0, line, s, "amax")
+    shift = top.masked_fill(top.isinf(), 0.0)
+    return top, _line_sums(torch.sub(s, shift[line]).exp_(), line, n)
 
 
 def sweep_softplus(p: Problem) -> Tensor:
@@ -362,8 +401,8 @@ class _Side(NamedTuple):
         # exp(s - inf) = 0: a row without pairs has no gradient, where exp(-inf - -inf) would be NaN.
         return _Side(weight * torch.exp(-lse.rest), lse.top.masked_fill(lse.top == -torch.inf, torch.inf), offset)
 
-    def at(self, block: slice) -> _Side:
-        return _Side(*(None if v is None else v[..., block] for v in self))
+    def at(self, lines: slice | Tensor) -> _Side:
+        return _Side(*(None if v is None else v[..., lines] for v in self))
 
     def range(self, k: int) -> tuple[float, float]:
         """The smallest and the largest log-sum-exp of class k. Only a CPU may look."""
@@ -371,16 +410,27 @@ class _Side(NamedTuple):
         return lse.min().item(), lse.masked_fill(lse == torch.inf, -torch.inf).max().item()
 
 
-def _softmax_tile(s: Tensor, positive: Tensor | None, free: Tensor, row: _Side, col: _Side | None) -> Tensor:
+def _softmax_tile(s: Tensor, positive: _Pairs | None, free: Tensor, row: _Side, col: _Side | None) -> Tensor:
     """G (BN, BM) of a tile of logits, which it overwrites."""
     if positive is None:
         return _weighted_exp(s, free, row, col, 0)
+    if isinstance(positive, tuple):
+        of_positives, (i, j) = s[positive], positive  # (P,)
+        g = _weighted_exp(s, free, row, col, 0)
+        g[positive] = _of_pairs(of_positives, row.at(i)) + (0.0 if col is None else _of_pairs(of_positives, col.at(j)))
+        return g
     g = _weighted_exp(s.clone(), free, row, col, 1)
     if row.offset is not None:
         g.sub_(row.offset[:, None])
     if col is not None and col.offset is not None:
         g.sub_(col.offset)
     return torch.where(positive, g, _weighted_exp(s, free, row, col, 0))
+
+
+def _of_pairs(s: Tensor, side: _Side) -> Tensor:
+    """weight exp(s - lse) - offset of positives s (P,), (P,)"""
+    g = torch.sub(s, side.lse[1]).exp_().mul_(side.weight[1])
+    return g if side.offset is None else g.sub_(side.offset)
 
 
 def _weighted_exp(s: Tensor, free: Tensor, row: _Side, col: _Side | None, k: int) -> Tensor:
