@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -26,6 +28,7 @@ RESULTS = ROOT / "bench/results"
 SOURCES = ("flashcl", "triton_kernels", "csrc", "tests", "bench/*.py", "setup.py", "pyproject.toml")
 KERNELS = ("cuda", "triton")
 UNTIL = dict(build=0.3, tests=0.55, sanitizer=0.66, bench=0.97)  # each stage ends at this share of the time
+TIMEOUT = ["--timeout", "120", "--timeout-method", "thread"] if importlib.util.find_spec("pytest_timeout") else []
 FLASHCL = [sys.executable, "-c", "import sys; from flashcl.cli import main; sys.exit(main())"]
 
 
@@ -81,9 +84,9 @@ class Check:
     def save(self) -> None:
         (self.out / "gpu-check.json").write_text(json.dumps(self.state, indent=1) + "\n")
 
-    def run(self, stage: str, command: list, **environment: str) -> tuple[int | None, str]:
-        """(exit code, output), the code None where the time of the stage ended first."""
-        left = self.start + self.seconds * UNTIL[stage] - time.monotonic()
+    def run(self, stage: str, command: list, limit: float = math.inf, **environment: str) -> tuple[int | None, str]:
+        """(exit code, output), the code None where the time of the stage, or its limit in seconds, ended first."""
+        left = min(limit, self.start + self.seconds * UNTIL[stage] - time.monotonic())
         print(f"[{time.monotonic() - self.start:4.0f} s] {stage}", file=sys.stderr, flush=True)
         if left <= 0:
             return None, ""
@@ -124,8 +127,9 @@ class Check:
                 return False
             stamp.parent.mkdir(exist_ok=True)
             stamp.write_text(self.environment["sources"])
-        code, text = self.run("build", [*FLASHCL, "info"])
-        self.state["build"] = text.strip() if code == 0 else f"failed: {cause(text)}"
+        # Launches the first kernels, in the check of itself that a backend makes: one that hangs must not take all the time.
+        code, text = self.run("build", [*FLASHCL, "info"], limit=90)
+        self.state["build"] = text.strip() if code == 0 else f"failed: {cause(text) if code else 'flashcl info hangs'}"
         self.save()
         return code == 0
 
@@ -146,9 +150,15 @@ class Check:
         k, n = map(int, self.part.split("/"))
         todo = [name for name in found[k - 1 :: n] if outcomes[name] == "not run"]
         todo.sort(key=lambda name: backend_of(name) not in KERNELS)  # what may be left is what also runs elsewhere
-        if todo:
-            _, text = self.run("tests", [*pytest, "-v", "--tb=short", *todo])
+        code = 0
+        while todo and code is not None:
+            code, text = self.run("tests", [*pytest, "-v", "--tb=short", *TIMEOUT, *todo])
             outcomes |= outcomes_in(text)
+            todo = [name for name in todo if outcomes[name] == "not run"]
+            if code in (2, 3, 4):  # pytest itself failed: see gpu-log.txt
+                break
+            if code is not None and todo:  # a crash, or a kernel that hung until pytest-timeout ended the process
+                outcomes[todo.pop(0)] = "FAILED"
         self.save()
 
     def sanitizer(self) -> None:
@@ -169,6 +179,8 @@ class Check:
                         check,
                         "--error-exitcode",
                         "9",
+                        # Calls of the driver that fail may be PyTorch's, which asks what there is.
+                        *(["--report-api-errors", "no"] if check == "memcheck" else []),
                         sys.executable,
                         "bench/small_shapes.py",
                         backend,

@@ -114,6 +114,21 @@ FAILED tests/test_gpu.py::test_shapes[triton-1-1] - AssertionError
 """
 
 
+def test_what_info_says_of_a_backend_is_understood(monkeypatch, tmp_path):
+    """On a GPU that serves only 16 bits, which the kernels of csrc/ do, the sanitizer has something to watch."""
+    from flashcl.cli import info
+
+    gpu = script("gpu")
+    monkeypatch.setattr(gpu, "environment", lambda: dict(sources="123"))
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "none")
+    check = gpu.Check("1/1", 60, tmp_path)
+    for served, reason in (({torch.bfloat16, torch.float16}, None), (set(), "too old")):
+        monkeypatch.setattr(info.dispatch, "unusable", lambda name, _, dtype: None if name == "torch" or dtype in served else "too old")
+        check.state["build"] = "\n".join(f"{name:<10} {value}" for name, value in info.report())
+        assert check.not_usable("cuda") == reason
+        assert ("usable: bfloat16, float16" in check.state["build"]) == bool(served)
+
+
 def test_outcomes_are_read_from_pytest():
     gpu = script("gpu")
     found = {name.split("::")[1]: outcome for name, outcome in gpu.outcomes_in(PYTEST_OUTPUT).items()}
@@ -126,6 +141,32 @@ def test_outcomes_are_read_from_pytest():
         gpu.backend_of(name) for name in (*gpu.outcomes_in(PYTEST_OUTPUT), "tests/test_gpu.py::test_float64[siglip]")
     ]
     assert backends == ["triton", "torch", "triton", "others"]
+
+
+def test_a_crash_fails_its_test_and_the_others_run(monkeypatch, tmp_path):
+    """Each call of pytest goes on behind the test in which the last one ended."""
+    gpu, calls = script("gpu"), []
+    monkeypatch.setattr(gpu, "environment", lambda: dict(sources="123"))
+    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "none")
+    names = [f"tests/test_gpu.py::test_{i}[triton]" for i in range(4)]
+
+    def pytest_that_crashes_in_the_second(stage, command):
+        if "--collect-only" in command:
+            return 0, "\n".join(names)
+        calls.append([name for name in command if name in names])
+        ends = names[1] in calls[-1]
+        lines = [f"{name} PASSED" for name in calls[-1]]
+        return (-11, f"{names[0]} PASSED\n{names[1]} ") if ends else (0, "\n".join(lines))
+
+    check = gpu.Check("1/1", 60, tmp_path)
+    monkeypatch.setattr(check, "run", pytest_that_crashes_in_the_second)
+    check.tests()
+    assert calls == [names, names[2:]]
+    assert list(check.state["tests"].values()) == ["PASSED", "FAILED", "PASSED", "PASSED"]
+    check.state["tests"] = {}
+    monkeypatch.setattr(check, "run", lambda stage, command: (4 if "-v" in command else 0, "\n".join(names)))
+    check.tests()
+    assert set(check.state["tests"].values()) == {"not run"}  # pytest did not start
 
 
 @pytest.mark.parametrize(
@@ -168,7 +209,7 @@ def test_the_summary_of_a_check(monkeypatch, tmp_path, capsys, change, code, ver
     monkeypatch.setattr(gpu, "environment", lambda: dict(device="a GPU", arch="sm90", sources="123"))
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "none")
     check = gpu.Check("1/1", 60, tmp_path)
-    check.state |= dict(build="triton     usable", tests=PASSED, sanitizer=CLEAN, bench="done") | change
+    check.state |= dict(build="triton     usable: float32, bfloat16, float16", tests=PASSED, sanitizer=CLEAN, bench="done") | change
     assert check.summary() == code
     assert (tmp_path / "verified-triton-sm90.json").exists() == verified
     assert not (tmp_path / "verified-cuda-sm90.json").exists()
@@ -197,3 +238,7 @@ def test_a_stage_ends_with_its_time(monkeypatch, tmp_path):
     code, text = check.run("tests", [sys.executable, "-c", "import time; print('begun'); time.sleep(60)"])
     assert (code, text) == (None, "begun\n") and time.monotonic() - start < 20
     assert check.run("build", [sys.executable, "-c", "print('late')"]) == (None, "")  # its share is over
+    check = gpu.Check("1/1", 600, tmp_path)
+    start = time.monotonic()
+    code, _ = check.run("tests", [sys.executable, "-c", "import time; time.sleep(60)"], limit=1)
+    assert code is None and time.monotonic() - start < 20

@@ -21,7 +21,7 @@ def test_info_says_what_is_here_and_why_not():
     done = run("info", TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     assert f"flashcl    {flashcl.__version__}" in done.stdout and torch.__version__ in done.stdout
-    assert re.search(r"^torch +usable$", done.stdout, re.M)
+    assert re.search(r"^torch +usable: float64, float32, bfloat16, float16$", done.stdout, re.M)
     if not torch.cuda.is_available():
         assert re.search(r"^triton +not usable: .+cpu", done.stdout, re.M)
         assert re.search(r"^auto +torch$", done.stdout, re.M)

@@ -12,6 +12,9 @@ import flashcl
 from flashcl.engine import dispatch
 
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
 def add_parser(commands) -> None:
     parser = commands.add_parser("info", help="versions, device, which backends are usable and why not")
     parser.set_defaults(run=run)
@@ -34,11 +37,16 @@ def report() -> list[tuple[str, str]]:
         ("extension", _extension()),
         ("device", describe(device)),
     ]
-    for name in dispatch.BACKENDS:
-        reason = dispatch.unusable(name, device, torch.float32)
-        lines.append((name, f"not usable: {reason}" if reason else "usable"))
+    lines += [(name, _use(name, device)) for name in dispatch.BACKENDS]
     example = torch.empty(2, 2, device=device)
     return [*lines, ("auto", dispatch.choose("auto", example))]
+
+
+def _use(backend: str, device: torch.device) -> str:
+    """For which dtypes it can be used or, if for none, why not for the one that every kernel has."""
+    reasons = {dtype: dispatch.unusable(backend, device, dtype) for dtype in DTYPES}
+    served = [str(dtype).removeprefix("torch.") for dtype, reason in reasons.items() if reason is None]
+    return f"usable: {', '.join(served)}" if served else f"not usable: {reasons[torch.bfloat16]}"
 
 
 def default_device() -> torch.device:
