@@ -68,6 +68,7 @@ class Pairs {
     for (int r = 0; r < R; ++r)  // without equal ids: two numbers that differ
       id[r] = ids ? W::load(block.row_id + n, seat.row(r)) : I(0);
     for (U& word : dropped_) word = U(0);
+    if (!ids && whole(block, seat.tile)) return;
     FLASHCL_UNROLL
     for (int i = 0; i < Fragment::CHUNKS * Fragment::COLS; ++i) {
       const int chunk = i / Fragment::COLS, q = i % Fragment::COLS;

@@ -95,7 +95,21 @@ class Sweep {
 
   template <class Acc>
   FLASHCL_LANE void statistics(const Acc& acc, int k) {
-    if (!shared_top(acc, k)) own_tops(acc, k);
+    if (K == 2 && !some_members())
+      nothing(k);
+    else if (!shared_top(acc, k))
+      own_tops(acc, k);
+  }
+
+  // Of two classes. With few rows to a label most warps have no positive.
+  FLASHCL_LANE bool some_members() const {
+    return W::any((members_[0] | members_[1] | members_[2] | members_[3]) != U(0));
+  }
+
+  FLASHCL_LANE void nothing(int k) {
+    for (int r = 0; r < R; ++r) store_row(k, r, F(-INF), F(0.0f));
+    if (!cols_) return;
+    for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) store_col(k, chunk, F(-INF), F(0.0f));
   }
 
   // acc: products -> logits, and where MASKED to -inf where a pair does not count.
@@ -142,10 +156,10 @@ class Sweep {
   // Statistics of class k with one top for the warp; says whether it served.
   template <class Acc>
   FLASHCL_LANE bool shared_top(const Acc& acc, int k) {
-    F top = F(-INF);
+    F tops[4] = {F(-INF), F(-INF), F(-INF), F(-INF)};  // 4 chains: in one each maximum would wait for the last
     FLASHCL_UNROLL
-    for (int i = 0; i < Fragment::PLACES; ++i) top = W::max(top, member(acc, i / 32, i / C % 4, i % C));
-    top = warp_max<W>(top);
+    for (int i = 0; i < Fragment::PLACES; ++i) tops[i % 4] = W::max(tops[i % 4], member(acc, i / 32, i / C % 4, i % C));
+    const F top = warp_max<W>(W::max(W::max(tops[0], tops[1]), W::max(tops[2], tops[3])));
     const F shift = or_zero<W>(top);
 
     F row[R], least = F(1.0f);  // no term is larger. A NaN is passed over: its line is NaN under any top
@@ -226,6 +240,11 @@ class Sweep {
   // Sums of s - center over the positives, along rows and columns.
   template <class Acc>
   FLASHCL_LANE void deviations(const Acc& acc) {
+    if (!some_members()) {
+      for (int r = 0; r < R; ++r) store_row_deviation(r, F(0.0f));
+      for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) store_col_deviation(chunk, F(0.0f));
+      return;
+    }
     F row_center[R], row[R];
     FLASHCL_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -248,14 +267,19 @@ class Sweep {
           col[q] += W::select(counts, s - center, F(0.0f));
         }
       }
-      const F total = butterfly<W, Add>(col, seat_.lane);
-      if (cols_) W::store(s_.deviation[seat_.warp], butterfly_col<W>(chunk, seat_.lane), total, B(true));
+      store_col_deviation(chunk, butterfly<W, Add>(col, seat_.lane));
     }
     FLASHCL_UNROLL
-    for (int r = 0; r < R; ++r) {
-      const int64_t line = (int64_t(tile_.m) * a_.block.schedule().tiles_n + tile_.n) * TILE;
-      W::store(a_.row.deviation + line, seat_.row(r), quad_sum<W>(row[r]), seat_.writes_row());
-    }
+    for (int r = 0; r < R; ++r) store_row_deviation(r, quad_sum<W>(row[r]));
+  }
+
+  FLASHCL_LANE void store_row_deviation(int r, F sum) {
+    const int64_t line = (int64_t(tile_.m) * a_.block.schedule().tiles_n + tile_.n) * TILE;
+    W::store(a_.row.deviation + line, seat_.row(r), sum, seat_.writes_row());
+  }
+
+  FLASHCL_LANE void store_col_deviation(int chunk, F sum) {
+    if (cols_) W::store(s_.deviation[seat_.warp], butterfly_col<W>(chunk, seat_.lane), sum, B(true));
   }
 
   FLASHCL_LANE void store_row(int k, int r, F top, F total) {

@@ -289,6 +289,7 @@ cudaError_t clusters_at_a_time(cudaLaunchConfig_t config, int* out) {
   static std::atomic<int> known[64];  // by device; 0: not asked yet
   int device;
   if (cudaError_t error = cudaGetDevice(&device)) return error;
+  if (cudaError_t error = cudaSetDevice(device)) return error;  // a thread that has launched nothing has no context yet
   std::atomic<int>& here = known[device % 64];
   if (here == 0) {
     constexpr auto limit = cudaFuncAttributeMaxDynamicSharedMemorySize;
@@ -312,7 +313,9 @@ cudaError_t launch_tiles(const Args& args, cudaStream_t stream) {
   if (cudaError_t error = clusters_at_a_time<Kernel>(config, &fitting)) return cudaGetLastError(), error;
   config.gridDim.x = CLUSTER * std::min(args.block.schedule().units(), fitting);
   const auto params = Kernel::parameters(args);
-  return Kernel::described(params) ? queue(config, tiles<Kernel>, params) : cudaErrorInvalidValue;
+  if (Kernel::described(params)) return queue(config, tiles<Kernel>, params);
+  const cudaError_t earlier = cudaFree(nullptr);  // after a fault the driver describes no tensor: say what it was
+  return cudaGetLastError(), earlier ? earlier : cudaErrorInvalidValue;
 }
 
 }  // namespace flashcl
