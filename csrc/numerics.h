@@ -6,8 +6,8 @@
 namespace flashcl {
 
 // With one top for the rows and columns of a warp, terms exp(s - top) below 2^-126 are lost, at most 2^7 of them in a
-// line: less than 2^-119 together. A total above TINY has thus lost less than 2^-29 of itself, a sixteenth of a
-// rounding error.
+// line: less than 2^-119 together. A total above TINY has thus lost less than 2^-29 of itself, a
+// thirty-second of the float32 rounding unit.
 constexpr float TINY = 0x1p-90f;
 
 // Where the log-sum-exps of a tile lie within SPREAD of each other, e = exp(s - lowest) serves its rows and its

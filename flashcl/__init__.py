@@ -1,7 +1,7 @@
 """flashcl: contrastive losses over all pairs of two sets of embeddings, without ever storing the logits.
 
     loss = flashcl.info_nce(x, y, temperature=0.07)        # CLIP, retrieval
-    loss = flashcl.siglip(x, y, logit_scale=t, logit_bias=b)
+    loss = flashcl.siglip(x, y, logit_scale=s, logit_bias=b)
     loss = flashcl.nt_xent(z1, z2)                          # SimCLR
     loss = flashcl.sup_con(z, labels)
 

@@ -55,6 +55,8 @@ def scalar(name: str, value: float | Tensor, x: Tensor, *, positive: bool = Fals
         raise TypeError(f"{name} must be a float or a one-element tensor, got {type(value).__name__}")
     if positive and not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
+    if torch.compiler.is_compiling():  # `full` would make the number a constant of the graph, and the next one another graph
+        return torch.zeros((), dtype=torch.float64, device=x.device) + float(value)
     return torch.full((), float(value), dtype=torch.float64, device=x.device)
 
 
@@ -95,8 +97,8 @@ def labels(value: Tensor, rows: int, z: Tensor) -> None:
         raise TypeError(f"labels must be a torch.Tensor, got {type(value).__name__}")
     if value.shape != (rows,):
         raise ValueError(f"labels must have shape ({rows},), one for each row of z, got {tuple(value.shape)}")
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {value.dtype}")
+    if value.is_floating_point() or value.is_complex():
+        raise TypeError(f"labels must be integers or bools, got {value.dtype}")
     if value.device != z.device:
         raise ValueError(f"labels must be on the device of z, {z.device}, got {value.device}")
 

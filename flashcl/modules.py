@@ -1,4 +1,8 @@
-"""The losses as modules that own their temperature (and bias), with the published initialisations."""
+"""The losses as modules that own their temperature (and bias), with the published initialisations.
+
+Each holds the logarithm of its scale, log(1 / temperature), as `log_logit_scale`, (): a parameter if it is learnable, a buffer if not.
+They return what their functions do: float32 (float64 for float64 embeddings), nats, () or with reduction="none" one for each row.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from flashcl import checks
+from flashcl.engine import dispatch
 from flashcl.engine.ranks import Group
+from flashcl.losses.common import REDUCTIONS
 from flashcl.losses.info_nce import info_nce
 from flashcl.losses.nt_xent import nt_xent
 from flashcl.losses.siglip import siglip
@@ -40,15 +47,28 @@ class _WithLogitScale(nn.Module):
 
     def __init__(self, logit_scale: float, learnable: bool, max_logit_scale: float | None, options: dict):
         super().__init__()
+        checks.one_of("reduction", options["reduction"], REDUCTIONS)
+        checks.one_of("backend", options["backend"], ("auto", *dispatch.BACKENDS))
         self.max_logit_scale = max_logit_scale if learnable else None
         if self.max_logit_scale is not None and not logit_scale <= max_logit_scale:
             raise ValueError(f"max_logit_scale must be at least the {logit_scale:.4g} to begin with, got {max_logit_scale}")
-        log_scale = torch.tensor(math.log(logit_scale))
-        if learnable:
-            self.log_logit_scale = nn.Parameter(log_scale)
-        else:
-            self.register_buffer("log_logit_scale", log_scale)
+        self._initial: dict[str, float] = {}
+        self._hold("log_logit_scale", math.log(logit_scale), learnable)
         self.options = options | dict(group=Group.of(options["group"], options["reduction"]))
+
+    def _hold(self, name: str, value: float, learnable: bool) -> None:
+        """A number of its own, (): a parameter or a buffer."""
+        self._initial[name] = value
+        tensor = torch.tensor(float(value))
+        if learnable:
+            self.register_parameter(name, nn.Parameter(tensor))
+        else:
+            self.register_buffer(name, tensor)
+
+    def reset_parameters(self) -> None:
+        """Sets its numbers, the fixed ones too, to what they were at first: also after a beginning on "meta" and to_empty()."""
+        for name, value in self._initial.items():
+            nn.init.constant_(getattr(self, name), value)
 
     @property
     def logit_scale(self) -> Tensor:
@@ -90,7 +110,7 @@ class InfoNCELoss(_WithLogitScale):
 
 
 class SigLIPLoss(_WithLogitScale):
-    """`flashcl.siglip` with learnable temperature and bias: t = 10 and b = -10 at first.
+    """`flashcl.siglip` with learnable temperature and bias: logit_scale 10 and logit_bias -10 at first.
 
     Call with x (N, D), y (N, D). The options are those of the function.
     Source: Zhai et al. 2023, algorithm 1.
@@ -109,11 +129,11 @@ class SigLIPLoss(_WithLogitScale):
     ):
         options = dict(normalize=normalize, reduction=reduction, group=group, backend=backend)
         super().__init__(_positive("logit_scale", logit_scale), learnable, None, options)
-        bias = torch.tensor(float(logit_bias))
-        if learnable:
-            self.logit_bias = nn.Parameter(bias)
-        else:
-            self.register_buffer("logit_bias", bias)
+        self._hold("logit_bias", logit_bias, learnable)
+
+    def extra_repr(self) -> str:
+        bias = "?" if self.logit_bias.is_meta else f"{self.logit_bias.item():.4g}"
+        return f"{super().extra_repr()}, logit_bias={bias}"
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return siglip(x, y, logit_scale=self.logit_scale, logit_bias=self.logit_bias, **self.options)

@@ -91,7 +91,8 @@ def problem(program, dtype, N, triangular=False, biased=False):
     """Of the programs of one class `different` has the larger kernel: it stands for `all`."""
     x = torch.empty(N, 256, dtype=dtype)
     y = x if triangular else torch.empty_like(x)
-    vectors = (torch.empty(N, dtype=torch.int64),) * {"all": 0, "different": 1, "by_label": 2}[program]
+    ids, labels = torch.empty(N, dtype=torch.int32), torch.empty(N, dtype=torch.int64)
+    vectors = {"all": (), "different": (ids,), "by_label": (ids, labels)}[program]
     bias = torch.empty(N) if biased else None
     center = torch.empty(N) if triangular and program == "by_label" else None
     return Problem(x, y, torch.empty(1), bias, bias, program, vectors, vectors, center, triangular)

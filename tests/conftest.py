@@ -24,6 +24,9 @@ if INTERPRETED:
     import interpreter
 
     interpreter.install()
+    from flashcl.backends import triton
+
+    triton.unusable(torch.device("cpu"), torch.bfloat16)  # asks the interpreter once: here, where nobody counts launches or spies
 
 # The same examples every time, so that a red run is red again; no deadline, since the interpreter is slow by nature.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, print_blob=True)

@@ -92,6 +92,32 @@ def test_no_rows(function):
         function(**dict.fromkeys(names, X[:0]), **options)
 
 
+@pytest.mark.parametrize("function, name", EMBEDDINGS, ids=named)
+def test_no_columns(function, name):
+    with raises(ValueError, name, "at least one row and one column", r"got shape \(3, 0\)"):
+        function(**dict.fromkeys(FUNCTIONS[function][0], X) | {name: X[:, :0]})
+
+
+def test_a_rank_may_have_no_rows():
+    alone = torch.distributed.ProcessGroup(0, 1)
+    assert flashcl.explain(X[:0], Y, group=alone).startswith("0 x 4 logits of width 2")
+    with raises(ValueError, "x", "at least one row"):
+        flashcl.explain(X[:0], Y)
+    with raises(ValueError, "x", "at least one row and one column"):
+        flashcl.explain(X[:0, :0], group=alone)
+
+
+def test_explain():
+    assert flashcl.explain(X, Y).startswith("3 x 4 logits of width 2, torch.float32 on cpu\n")
+    assert flashcl.explain(X).startswith("3 x 3 logits")
+    with raises(TypeError, "x", "Tensor", "list"):
+        flashcl.explain([[1.0]])
+    with raises(ValueError, "y", "x", "2", "5"):
+        flashcl.explain(X, torch.ones(3, 5))
+    with pytest.raises(TypeError, match="group must be a .*ProcessGroup or a flashcl.Group, got object"):
+        flashcl.explain(X, group=object())
+
+
 @pytest.mark.parametrize("function", [siglip, nt_xent, info_nce], ids=named)
 def test_towers_of_different_lengths(function):
     with raises(ValueError, FUNCTIONS[function][0][1], "3", "4"):
@@ -151,6 +177,11 @@ def test_labels():
         sup_con(labels=LABELS.to("meta"))
 
 
+def test_labels_may_be_bools():
+    z, labels = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([True, False, True, False, False])
+    assert torch.equal(sup_con(z, labels), sup_con(z, labels.long()))
+
+
 @pytest.mark.parametrize("name, rows", [("row_bias", 3), ("col_bias", 4)])
 def test_biases(name, rows):
     assert logsumexp(X, Y, **{name: torch.ones(rows)})[0].shape == (3,)
@@ -171,6 +202,12 @@ def test_biases(name, rows):
 def test_reduction(function, value):
     with raises(ValueError, "reduction", "'mean'", "'sum'", "'none'", repr(value)):
         function(reduction=value)
+
+
+@pytest.mark.parametrize("value", ["rows", None, 2])
+def test_symmetric(value):
+    with raises(ValueError, "symmetric", "True", "False", repr(value)):
+        info_nce(symmetric=value)
 
 
 @pytest.mark.parametrize(

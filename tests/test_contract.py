@@ -264,6 +264,18 @@ def test_bad_rows_come_out_where_the_reference_has_them(backend, loss, bad):
                 assert torch.equal(results[quantity].isfinite(), expected[quantity].isfinite()), (name, quantity)
 
 
+@pytest.mark.parametrize("third", [[], [[0.0, 0.5]]])
+def test_positives_of_minus_infinity_are_no_missing_positives(backend, third):
+    """Two rows of one label whose product overflows, alone and beside a third: their loss is inf, as that of the dense formula."""
+    z = torch.tensor([[1e20, 0.0], [-1e20, 0.0], [0.0, 1.0], [0.0, 1.0], *third])
+    labels = torch.tensor([0, 0, 1, 1, 0][: len(z)])
+    got = flashcl.sup_con(z, labels, temperature=1.0, reduction="none", backend=backend)
+    want = flashcl.reference.sup_con(z, labels, temperature=1.0, reduction="none")
+    assert want[:2].isposinf().all()
+    torch.testing.assert_close(got, want)
+    assert flashcl.sup_con(z, labels, temperature=1.0, backend=backend).isposinf()
+
+
 def test_bad_labels_do_not_exist():
     """Labels are only compared: any integers do, of any integer dtype."""
     z = torch.randn(6, 4)

@@ -51,6 +51,22 @@ def test_compiled_as_one_graph_it_is_the_same(name):
     assert graphs[-1] == graphs[-2] <= 2, graphs  # the second size may show Dynamo that a size is not a constant
 
 
+@pytest.mark.parametrize("name", ["info_nce", "siglip", "nt_xent", "sup_con", "logsumexp"])
+def test_a_float_that_changes_is_no_new_graph(name):
+    """A temperature with a schedule: the first change may show Dynamo that it is not a constant."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    call = CALLS[name]
+    if name == "siglip":  # PyTorch 2.11 makes a constant of t in 1 / t
+        call = lambda x, y, t: flashcl.siglip(x, y, logit_scale=t, logit_bias=t)  # noqa: E731
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    x, y = leaf(), leaf(seed=1)
+    for step in range(4):
+        t = 0.1 + 0.05 * step
+        assert torch.equal(compiled(x, y, t), call(x, y, t))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
 @pytest.mark.parametrize("name", ["info_nce", "siglip", "sup_con"])
 def test_a_backend_may_be_named_in_one_graph(name, backend):
     torch._dynamo.reset()

@@ -1,6 +1,9 @@
 """Every repair of tests/interpreter.py, proved: each test fails when the repair of its name is left out."""
 
 import inspect
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -340,3 +343,19 @@ def test_one_patch_ends_also_when_a_kernel_fails():
 def test_a_triton_without_a_patched_attribute_is_an_error():
     with pytest.raises(RuntimeError, match="has no InterpreterBuilder.create_nonsense"):
         interpreter.around(interpreter.Builder, "create_nonsense")(print)
+
+
+def test_without_repairs_bfloat16_is_refused():
+    """A user's TRITON_INTERPRET=1, where nobody has repaired anything: no loss of 1e11 without a word."""
+    code = """
+import torch, flashcl
+x = torch.nn.functional.normalize(torch.randn(9, 24), dim=1)
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    try:
+        print(flashcl.info_nce(x.to(dtype), x.to(dtype), temperature=0.1, backend="triton").isfinite().item())
+    except RuntimeError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | dict(TRITON_INTERPRET="1"))
+    single, half, brain = done.stdout.splitlines()
+    assert single == half == "True" and "bit patterns of bfloat16" in brain, done.stdout + done.stderr

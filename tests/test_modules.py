@@ -45,6 +45,38 @@ def test_nt_xent_and_sup_con_compute_the_functions(views):
     assert flashcl.SupConLoss(0.1)(views[0], labels).item() == pytest.approx(expected)
 
 
+FUNCTION_OF = {
+    flashcl.InfoNCELoss: lambda m, x, y, **o: flashcl.info_nce(x, y, logit_scale=m.logit_scale, **o),
+    flashcl.SigLIPLoss: lambda m, x, y, **o: flashcl.siglip(x, y, logit_scale=m.logit_scale, logit_bias=m.logit_bias, **o),
+    flashcl.NTXentLoss: lambda m, x, y, **o: flashcl.nt_xent(x, y, temperature=1 / m.logit_scale, **o),
+    flashcl.SupConLoss: lambda m, z, c, **o: flashcl.sup_con(z, c, temperature=1 / m.logit_scale, **o),
+}
+
+
+@pytest.mark.parametrize("options", [{}, dict(normalize=True), dict(reduction="none"), dict(reduction="sum")], ids=str)
+@pytest.mark.parametrize("make", FUNCTION_OF)
+def test_a_module_is_its_function(make, options, views):
+    module, (x, y) = make(**options), (3 * v for v in views)
+    y = torch.arange(12) // 3 if make is flashcl.SupConLoss else y
+    assert torch.equal(module(x, y), FUNCTION_OF[make](module, x, y, **options))
+
+
+def test_numbers_come_back_after_a_beginning_on_meta():
+    """Deferred initialisation, as FSDP2 does it."""
+    for make in FUNCTION_OF:
+        for learnable in (True, False):
+            with torch.device("meta"):
+                module = make(learnable=learnable)
+            module.to_empty(device="cpu").apply(lambda m: m.reset_parameters())
+            assert module.state_dict() == make(learnable=learnable).state_dict()
+
+
+def test_what_is_fixed_is_no_parameter():
+    for make in FUNCTION_OF:
+        assert list(make(learnable=False).parameters()) == []
+    assert sorted(flashcl.SigLIPLoss(learnable=False).state_dict()) == ["log_logit_scale", "logit_bias"]
+
+
 def test_scale_is_at_most_100_and_can_come_back(views):
     """Pairs that contradict the labels lower the scale: the limit must not stop that gradient, only the one that raises it."""
     x, _ = views
@@ -78,6 +110,10 @@ def test_a_temperature_is_what_it_was_set_to(views):
     for make in (flashcl.InfoNCELoss, flashcl.NTXentLoss, flashcl.SupConLoss):
         with pytest.raises(ValueError, match="temperature must be positive and finite, got 0"):
             make(0.0)
+    for make in FUNCTION_OF:
+        for value in (math.inf, math.nan):
+            with pytest.raises(ValueError, match=f"must be positive and finite, got {value}"):
+                make(value)
     with pytest.raises(ValueError, match="logit_scale must be positive and finite, got -1"):
         flashcl.SigLIPLoss(-1.0)
 

@@ -22,7 +22,7 @@ if not INTERPRETED:
 from triton.runtime import interpreter
 
 import flashcl
-from flashcl.backends import cuda, gemm, triton
+from flashcl.backends import cuda, triton
 from flashcl.engine import dispatch
 from flashcl.triton_kernels import grad as grad_kernels, rows as row_kernels, sweep as sweep_kernels
 
@@ -99,24 +99,3 @@ def test_a_step_stays_on_the_device(backend, loss, dtype, n, d, launched):
         LOSSES[loss](x, y, backend=backend).sum().backward()
     assert x.grad.shape == y.grad.shape == (n, d)
     assert len(launched) >= 4 if backend != "torch" else not launched
-
-
-class Recorded(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        self.names.append(operator._schema.name)
-        return operator(*args, **kwargs or {})
-
-
-@pytest.mark.parametrize("adds, expected", [(True, ["aten::addmm"]), (False, ["aten::mm", "aten::add_"])])
-def test_products_of_16_bits_are_added_in_float32(adds, expected, launched, monkeypatch):
-    """PyTorch before 2.11 takes no float32 sum to add to: there the product comes out in float32 first."""
-    monkeypatch.setattr(gemm, "_WIDE_SUM", adds)
-    acc = torch.empty(4, 8, device="meta")
-    a, b = (torch.empty(size, 8, dtype=torch.bfloat16, device="meta") for size in (4, 8))
-    with Recorded() as ran:
-        gemm.addmm_(acc, a, b)
-    assert ran.names == expected and acc.dtype == torch.float32

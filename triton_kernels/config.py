@@ -47,15 +47,15 @@ def _row(BN: int, BM: int, *rest, square: tuple | None = None, **options) -> Row
 # 16 bits: BK = 64 is 128 bytes, the widest swizzle of shared memory.
 _MMA16 = {  # sm_80, sm_86, sm_89: 64 KiB of shared memory in 3 stages, which the 99 KiB of sm_86 and sm_89 hold as well
     "sweep": _row(128, 128, 64, 8, 3),  # 8 warps: 64 accumulators in a thread; 4 warps spill
-    "sweep2": _row(128, 64, 64, 8, 3, square=(64, 64, 64, 4, 3)),  # 128 x 128 spills
+    "sweep2": _row(128, 128, 64, 8, 3, square=(64, 64, 64, 4, 3)),  # 128 x 128 spills on the diagonal
     "grad": _row(128, 128, 64, 8, 3),
-    "grad2": _row(128, 64, 64, 8, 3, square=(64, 64, 64, 4, 3)),  # 128 x 128 takes all 255 registers
+    "grad2": _row(128, 64, 64, 8, 3, square=(64, 64, 64, 4, 3)),  # 128 x 128 spills
     "sigmoid": _row(128, 128, 64, 8, 3),
 }
 _SM90_16 = {
     # 85 FLOP per byte from L2 where 128 x 128 has 64, and L2 is the limit here. 128 x 256 spills: twice the columns.
     "sweep": _row(256, 128, 64, 8, 4, square=(128, 128, 64, 8, 4), tma=True),
-    "sweep2": _row(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),
+    "sweep2": _row(128, 128, 64, 8, 4, tma=True),
     # 8 warps: the products stay in registers beside G, for the gradient of the scale; 4 warps spill.
     "grad": _row(128, 128, 64, 8, 4, tma=True),
     "grad2": _row(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),

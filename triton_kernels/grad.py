@@ -11,7 +11,7 @@ from torch import Tensor
 from .config import Tile
 from .programs import Program
 from .sweep import log1p
-from .tile import Block, grid, load_vectors, logits, on, operands, options, product, tile_of
+from .tile import Block, exp, grid, load_vectors, logits, on, operands, options, product, tile_of
 
 # Where the log-sum-exps of a tile lie within SPREAD of each other, e = exp(s - lowest) serves its rows and its columns.
 # Overflow would allow 80; but s - lowest is rounded by up to half a unit in the last place of the spread, which at 8 is 5e-7
@@ -69,7 +69,7 @@ def weighted_exp(s, positive, side, i, AXIS: tl.constexpr):
         weight1, lse1 = load_side(side, 1, i)
         weight = tl.where(positive, tl.expand_dims(weight1, AXIS), weight)
         lse = tl.where(positive, tl.expand_dims(lse1, AXIS), lse)
-    return weight * tl.exp(s - lse)  # (BN, BM)
+    return weight * exp(s - lse)  # (BN, BM)
 
 
 @triton.jit
@@ -88,8 +88,8 @@ def highest(row_lse, col_lse):
 @triton.jit
 def shared_weight(low, row_weight, row_lse, col_weight, col_lse):
     """a_i + b_j, (BN, BM)"""
-    a = row_weight * tl.exp(low - row_lse)
-    b = col_weight * tl.exp(low - col_lse)
+    a = row_weight * exp(low - row_lse)
+    b = col_weight * exp(low - col_lse)
     return a[:, None] + b[None, :]
 
 
@@ -111,7 +111,7 @@ def two_sided_g(s, positive, row, col, n, m):
         weight = shared_weight(low, rw, rl, cw, cl)
         if positive is not None:
             weight = tl.where(positive, shared_weight(low, rw1, rl1, cw1, cl1), weight)
-        g = tl.exp(s - low) * weight
+        g = exp(s - low) * weight
     else:
         g = weighted_exp(s, positive, row, n, 1) + weighted_exp(s, positive, col, m, 0)
     return g
@@ -178,7 +178,7 @@ def grad_kernel(
     col_at = (tile_n.to(tl.int64) * tiles_m + tile_m) * BM + tl.arange(0, BM)
     if SIGMOID:
         w = tl.load(row.weight + n)
-        e = tl.exp(-tl.abs(s))
+        e = exp(-tl.abs(s))
         tl.store(sums.softplus + row_at, w * tl.sum(tl.maximum(s, 0.0) + log1p(e), 1))
         e = e / (1.0 + e)  # sigmoid(-|s|). A quotient may be off by two units in the last place: 1 - e hides that
         g = w[:, None] * tl.where(s >= 0, 1.0 - e, e)

@@ -46,11 +46,10 @@ def equal_labels(rows, cols):
 class Program(NamedTuple):
     drop: triton.JITFunction
     positive: triton.JITFunction | None
-    classes: int
 
 
 PROGRAMS = {
-    "all": Program(keep_all, None, 1),
-    "different": Program(drop_equal_ids, None, 1),
-    "by_label": Program(drop_equal_ids, equal_labels, 2),
+    "all": Program(keep_all, None),
+    "different": Program(drop_equal_ids, None),
+    "by_label": Program(drop_equal_ids, equal_labels),
 }

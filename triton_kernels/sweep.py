@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .config import Tile
 from .programs import Program
-from .tile import Block, cdiv, grid, load_vectors, logits, on, operands, options, product, tile_of
+from .tile import Block, cdiv, exp, grid, load_vectors, logits, on, operands, options, product, tile_of
 
 # One top serves all lines of a tile where no total is below this. Of 16-bit embeddings: terms exp(s - top) below 2^-126 are
 # lost, at most 2^9 of them in a line, less than 2^-117 together; a total above 2^-90 has thus lost less than 2^-27 of itself,
 # an eighth of the float32 rounding unit. Of float32 ones (e^-16): s - top is rounded by half a unit in the last place of the
-# spread, which at 16 is 5e-7 of a term; logits of 16-bit embeddings come with larger errors.
+# spread, which below 16 is 5e-7 of a term; logits of 16-bit embeddings come with larger errors.
 SMALLEST_TOTAL = {2: 2.0**-90, 4: 2.0**-23}  # by bytes of an element
 
 
@@ -47,7 +47,7 @@ def or_zero(top):
 def own_sums(s, AXIS: tl.constexpr):
     """top and total along AXIS, every line with its own top: right for any input."""
     top = tl.max(s, AXIS)
-    return top, tl.sum(tl.exp(s - tl.expand_dims(or_zero(top), AXIS)), AXIS)
+    return top, tl.sum(exp(s - tl.expand_dims(or_zero(top), AXIS)), AXIS)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def sums_of_one_class(s, row_at, row_plane, col_at, col_plane, col_mask, whole, 
     It does where no total is below SMALLEST. A tile that is not whole has totals of 0 past the edge.
     """
     top = tl.max(s)
-    e = tl.exp(s - or_zero(top))
+    e = exp(s - or_zero(top))
     row_total, col_total = tl.sum(e, 1), tl.sum(e, 0)
     if whole & (top < float("inf")) & (smallest(row_total, col_total, COLS) > SMALLEST):
         store_sums(row_at, row_plane, None, top, row_total)
@@ -99,7 +99,7 @@ def top_of_some(top, total):
 def sums_of_two_classes(s, positive, row_at, row_plane, col_at, col_plane, col_mask, whole, COLS: tl.constexpr, SMALLEST: tl.constexpr):
     """The same of the negatives and of the positives, with one top for both."""
     top = tl.max(s)
-    e = tl.exp(s - or_zero(top))
+    e = exp(s - or_zero(top))
     e0, e1 = tl.where(positive, 0.0, e), tl.where(positive, e, 0.0)
     # Most lines of a tile have no positive: a total of 0 tells nothing there, the smallest of the terms does.
     least1 = tl.min(tl.where(positive, e, 1.0))
@@ -147,7 +147,7 @@ def log1p(e):
 @triton.jit
 def softplus(s):
     """log(1 + exp(s)) = max(s, 0) + log1p(exp(-|s|))"""
-    return tl.maximum(s, 0.0) + log1p(tl.exp(-tl.abs(s)))
+    return tl.maximum(s, 0.0) + log1p(exp(-tl.abs(s)))
 
 
 # ---- kernels -------------------------------------------------------------------------------------------------------------
@@ -234,7 +234,7 @@ def fold_kernel(
         totals = tl.load(at + T * stride, mask=mask, other=0.0)
         highest = tl.maximum(top, tl.max(tops, 0))
         shift = or_zero(highest)
-        total = total * tl.exp(top - shift) + tl.sum(totals * tl.exp(tops - shift[None, :]), 0)
+        total = total * exp(top - shift) + tl.sum(totals * exp(tops - shift[None, :]), 0)
         top = highest
     if LAST:
         top, total = log_sum_exp(top, total)

@@ -155,7 +155,7 @@ def grad(
         tiled.add_lines_(total.g_rows, i, sums.g_rows)
         tiled.add_lines_(total.g_cols, j, sums.g_cols)
         tiled.add_lines_(total.row_sum, i, sums.softplus)
-        own = len(range(len(p.x))[i]) if p.triangular and i.start == j.start else 0  # columns of the strip that are its rows
+        own = i.stop - i.start if p.triangular and i.start == j.start else 0  # columns of the strip that are its rows
         if needs.scale:  # there G + G^T meets every pair twice
             twice, once = sums.scaled.split([-(-own // _C.TILE), _tiles(j) - -(-own // _C.TILE)], dim=1)
             total.d_scale.add_(0.5 * twice.sum(dtype=torch.float64) + once.sum(dtype=torch.float64))
@@ -225,6 +225,7 @@ class _Arguments(NamedTuple):
 
     @staticmethod
     def of(p: Problem) -> _Arguments:
+        # detach, here and above: PyTorch exports no tensor by DLPack that requires a gradient.
         x = tiled.aligned(p.x.detach(), 8)  # columns: TMA wants rows of 16 bytes
         y = x if p.triangular else tiled.aligned(p.y.detach(), 8)
         biases = (None if v is None else _pad(v.detach()) for v in (p.row_bias, p.col_bias))

@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-# PyTorch hands cuBLAS a float32 output for 16-bit operands, on CUDA only: of mm since 2.8; of addmm with a float32 sum to add to
-# since pytorch #167931, of November 2025 (2.11 has it, 2.9 has not).
-_WIDE_OUTPUT = hasattr(torch.ops.aten.mm, "dtype_out")
-_WIDE_SUM = torch.__version__ >= (2, 11)
+# PyTorch >= 2.8 hands cuBLAS a float32 output for 16-bit operands, on CUDA only.
+_WIDE_OUTPUT = hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 def mm(a: Tensor, b: Tensor, *, out: Tensor) -> None:
@@ -23,9 +21,7 @@ def addmm_(acc: Tensor, a: Tensor, b: Tensor) -> None:
     """acc (R, C) += a (R, K) @ b (K, C), accumulated in the dtype of acc whatever that of a and b."""
     if a.dtype == acc.dtype:
         acc.addmm_(a, b)
-    elif acc.is_cuda and _WIDE_SUM:
-        torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)
     elif acc.is_cuda and _WIDE_OUTPUT:
-        acc += torch.mm(a, b, out_dtype=acc.dtype)
+        torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)
     else:
         acc.addmm_(a.to(acc.dtype), b.to(acc.dtype))

@@ -118,6 +118,7 @@ def sweep(p: Problem, need_cols: bool, cells: float, tile: int, launch: Callable
         row.add(fold, rows, i, first=j.start == 0, last=j.stop == len(p.y))
         if cols is not None:
             col.add(fold, cols, j, first=i.start == 0, last=i.stop == len(p.x) and not p.triangular)
+        del rows, cols  # else those of two blocks are alive while the next is launched
     if p.triangular or col is None:
         return Statistics(row.lse, None, row.deviation)
     return Statistics(row.lse, col.lse, row.deviation, col.deviation)

@@ -33,7 +33,7 @@ _KEPT_BYTES = 64 * 2**20
 _MANY_PAIRS = 1 / 8
 
 # The lines of a tile may share one exp per logit, exp(s - top), where no sum is below this: e^-16. s - top is rounded by half a
-# unit in the last place of the spread, which at 16 is 5e-7 of a term.
+# unit in the last place of the spread, which below 16 is 5e-7 of a term.
 _SAFE_SUM = 1e-7
 
 # The log-sum-exps of a tile may share one exp per logit, exp(s - low) * exp(low - lse), where they lie this close above

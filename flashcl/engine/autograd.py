@@ -49,6 +49,7 @@ class Masses:
     col_neg: Tensor | None  # (M,) the same over columns; None if not asked for, and of a symmetric S: it is row_neg
     row_pos: Tensor | None  # (N,) log sum_j exp(s_ij) over the positives of row i; -inf without any
     row_gap: Tensor | None  # (N,) row_pos_i - mean of the positive logits, >= log |P(i)|; None with one positive a row
+    alone: Tensor | None  # (N,) bool: rows without a positive; None with one positive a row
 
 
 def log_sum_exp(
@@ -130,14 +131,17 @@ class _LogSumExp(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         row, col = s.row.value(), None if s.col is None else s.col.value()[0]
         if positives is None:
-            return row[0], col, None, None
+            return row[0], col, None, None, None
         if pairs.labels is None:
-            return row[0], col, mean, None
+            return row[0], col, mean, None, None
         # The mean logit by way of its deviation in the tiles: there its error is that of the logits in row_pos, and cancels.
-        return row[0], None, row[1], row[1] - (problem.center + s.deviation * positives.inverse)
+        gap = row[1] - (problem.center + s.deviation * positives.inverse)
+        alone = positives.inverse == 0
+        ctx.mark_non_differentiable(alone)
+        return row[0], None, row[1], gap.masked_fill(problem.center == -torch.inf, torch.inf), alone
 
     @staticmethod
-    def backward(ctx, d_row, d_col, d_pos, d_gap):
+    def backward(ctx, d_row, d_col, d_pos, d_gap, _):
         _first_order_only()
         x, y, logit_scale, row_bias, col_bias, row_parts, col_parts, products, kept, *places = ctx.saved_tensors
         problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, ctx.pairs), ctx.pairs.positives(places)
@@ -176,10 +180,10 @@ def _logits(products: Tensor, p: Problem) -> Tensor:
 
 
 def _beside_the_tiles(about: Tensor, row: tuple, col: tuple, d_pos: Tensor, products: Tensor | None) -> Tensor:
-    """What the gradient of logit_scale has beside sum_ij G_ij (<x_i, y_j> - about): (1,) float64.
+    """The part of d(logit_scale) outside the tiles, (1,) float64; theirs is sum_ij G_ij (<x_i, y_j> - about).
 
-    The positives, about the same, and what the sums of all have taken off: near convergence negatives pull one way what
-    positives pull the other, and little is left to cancel.
+    It is that of the positives, about the same product, and what subtracting `about` from every product has removed. Near
+    convergence negatives pull one way what positives pull the other; so little is left to cancel.
     """
     out, total = 0.0, 0.0
     for d, lse in (row, col):
@@ -198,9 +202,9 @@ def _softmax_with_labels(
         d_pos q_ij + d_gap (q_ij - 1/|P|)  =  (d_pos + d_gap) (q_ij - 1/|P|)  +  d_pos / |P|
 
     The first part, small when the positives are alike, goes through G; the second, equal for all of them, through
-    SameLabel.finish in full precision.
+    SameLabel.finish in full precision. Rows without positives receive 0 of both: their loss is filled, not computed.
     """
-    weight = (d_pos + d_gap).masked_fill(labels.inverse == 0.0, 0.0)
+    weight = d_pos + d_gap
     offset = weight * labels.inverse
     dtype = row.parts.dtype
     return Softmax(torch.stack([d_row, weight]).to(dtype), row, row_offset=offset.to(dtype), about=about)

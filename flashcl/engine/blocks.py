@@ -28,6 +28,7 @@ class Block(NamedTuple):
     rows: slice  # of this rank
     pieces: list[Piece]  # of other ranks, or this whole rank
     y: Tensor  # (m, D) the lines of the pieces, one after the other
+    at: slice  # where these are in what has arrived with them
 
 
 Share = Callable[[int, int], tuple[slice, slice]]  # of the pair (r, q): rows of r and lines of q that r computes
@@ -55,6 +56,11 @@ def half(sizes: list[int]) -> Share:
     return share
 
 
+def _whole(rows: slice, rank: int, lines: slice, y: Tensor) -> Block:
+    """All that has arrived: lines of one rank."""
+    return Block(rows, [Piece(rank, lines)], y, slice(0, y.shape[0]))
+
+
 @dataclass
 class _Exchange:
     ranks: Ranks
@@ -66,7 +72,7 @@ class _Exchange:
     def own(self) -> Block:
         r = self.ranks.rank
         rows, _ = self.share(r, r)
-        return Block(rows, [Piece(r, slice(0, len(self.y)))], self.y)
+        return _whole(rows, r, slice(0, len(self.y)), self.y)
 
     def walk(self) -> Iterator[Block]:
         """The blocks of this rank, its own first. give_back may be called for each before the next is asked for."""
@@ -98,7 +104,7 @@ class Ring(_Exchange):
             q = (r + k) % size
             rows, columns = self.share(r, q)
             if rows.stop > rows.start and columns.stop > columns.start:
-                yield Block(rows, [Piece(q, columns)], lines)
+                yield _whole(rows, q, columns, lines)
             if self.home is not None:
                 self._add(returning)
                 returning = self._return(k)
@@ -158,7 +164,7 @@ class Gather(_Exchange):
             if self.home is not None:
                 self._gradients = self.home.new_zeros(gathered.shape)
             for rows, pieces, at in self._runs(c):
-                yield Block(rows, pieces, gathered[at])
+                yield Block(rows, pieces, gathered[at], at)
             if self.home is not None:
                 self._add(returning)
                 returning = self._return(c)
@@ -191,17 +197,13 @@ class Gather(_Exchange):
                 run = rows, [*run[1], piece], slice(run[2].start, at.stop)
                 continue
             if run is not None:
-                yield self._remember(run)
+                yield run
             run = rows, [piece], at
         if run is not None:
-            yield self._remember(run)
-
-    def _remember(self, run: tuple[slice, list[Piece], slice]) -> tuple[slice, list[Piece], slice]:
-        self._at = run[2]
-        return run
+            yield run
 
     def give_back(self, block: Block, dy: Tensor) -> None:
-        self._gradients[self._at] += dy
+        self._gradients[block.at] += dy
 
     def _return(self, c: int) -> tuple:
         received = self.home.new_empty(self._rows, self.home.shape[1])

@@ -110,7 +110,7 @@ class LogSumExp:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What `sweep` returns for the reduction "logsumexp"."""
+    """The log-sum-exps of a block, as `sweep` returns them."""
 
     row: LogSumExp  # over the pairs of each row (K, N)
     col: LogSumExp | None  # of each column (K, M); None where not asked for, and of a triangular problem: it is `row`

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,10 +15,30 @@ from flashcl.engine import ops
 from flashcl.engine.ranks import Group
 
 REDUCTIONS = ("mean", "sum", "none")
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+def eager_over_ranks(loss: Callable[P, R]) -> Callable[P, R]:
+    """Decorator: with a group, the loss leaves the graph of torch.compile, and runs between two.
+
+    A compiler may drop a collective whose result a rank does not need, and move one before another, on one rank and not on
+    the next: then ranks wait for each other for ever.
+    """
+
+    @functools.wraps(loss)
+    def call(*args, group=None, **options):
+        if group is not None and torch.compiler.is_compiling():
+            return torch.compiler.disable(loss)(*args, group=group, **options)
+        return loss(*args, group=group, **options)
+
+    return call
 
 
 def prepare(normalize: bool, group: Group | None, *embeddings: Tensor) -> list[Tensor]:
-    """Embeddings as the engine takes them: of unit length if asked for, in the autocast dtype inside autocast."""
+    """Embeddings as the engine takes them: of unit length if asked for, in the autocast dtype inside autocast.
+
+    Under the convention "global" their gradients are divided by the number of ranks.
+    """
     if group is not None and group.convention == "global":
         embeddings = [_ScaleGradient.apply(x, 1 / group.process_group.size()) for x in embeddings]
     if normalize:  # in float32 at least: a norm may be beyond float16, and its square is
@@ -23,7 +47,7 @@ def prepare(normalize: bool, group: Group | None, *embeddings: Tensor) -> list[T
 
 
 def parameter(value: Tensor, group: Group | None) -> Tensor:
-    """logit_scale or logit_bias as the engine takes it."""
+    """logit_scale or logit_bias as the engine takes it: under "global_scaled" its gradient is multiplied by the number of ranks."""
     if group is not None and group.convention == "global_scaled":
         return _ScaleGradient.apply(value, group.process_group.size())
     return value

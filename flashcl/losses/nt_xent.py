@@ -10,9 +10,10 @@ from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
-from flashcl.losses.common import REDUCTIONS, from_negatives, parameter, prepare, reduce
+from flashcl.losses.common import REDUCTIONS, eager_over_ranks, from_negatives, parameter, prepare, reduce
 
 
+@eager_over_ranks
 def nt_xent(
     z1: Tensor,
     z2: Tensor,

@@ -10,9 +10,10 @@ from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, softplus_sum
 from flashcl.engine.ranks import Group
-from flashcl.losses.common import REDUCTIONS, parameter, prepare, reduce
+from flashcl.losses.common import REDUCTIONS, eager_over_ranks, parameter, prepare, reduce
 
 
+@eager_over_ranks
 def siglip(
     x: Tensor,
     y: Tensor,

@@ -10,9 +10,10 @@ from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
-from flashcl.losses.common import prepare
+from flashcl.losses.common import eager_over_ranks, prepare
 
 
+@eager_over_ranks
 def similarity_logsumexp(
     x: Tensor,
     y: Tensor,

@@ -10,9 +10,10 @@ from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
-from flashcl.losses.common import REDUCTIONS, from_negatives, parameter, prepare, reduce
+from flashcl.losses.common import REDUCTIONS, eager_over_ranks, from_negatives, parameter, prepare, reduce
 
 
+@eager_over_ranks
 def sup_con(
     z: Tensor,
     labels: Tensor,
@@ -26,7 +27,7 @@ def sup_con(
     """SupCon, "out" form: l_i = log sum_{j != i} exp(s_ij) - mean_{p in P(i)} s_ip, s = z z^T / temperature.
 
     z: (N, D).
-    labels: (N,) integers, same device; P(i) are the other rows with the label of i.
+    labels: (N,) integers or bools, same device; P(i) are the other rows with the label of i.
     temperature: a float or a one-element tensor.
     normalize: scale rows to unit length first; otherwise embeddings are used as they are. Inside torch.autocast they are
         rounded to its dtype (not float64).
@@ -56,7 +57,7 @@ def sup_con(
     vectors = (row, labels)
     pairs = Pairs("by_label", vectors, vectors, labels=labels, group=Group.name(group))
     s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, backend=dispatch.choose(backend, z))
-    alone = s.row_pos == -torch.inf
+    alone = s.alone
     # Filled before the arithmetic, not after: inf - inf of an anchor that does not count would make its gradient NaN.
     pos, gap = s.row_pos.masked_fill(alone, 0.0), s.row_gap.masked_fill(alone, 0.0)
     loss = (from_negatives(s.row_neg, pos) + gap).masked_fill(alone, 0.0)
