@@ -3,9 +3,9 @@
     python bench/distributed.py                      worlds of 1, 2 and 4 processes over loopback, one thread each
     python bench/distributed.py --link 0.2           on a link of 0.2 GB/s a rank
 
-Loopback is as good as free, so a slow link is played: what is sent is not there before it would have come over a link of that
-rate, counted from when the last transfer of the rank ended. `exposed` is what a step waits for it, as a share of the step;
-`hidden` is the share of the communication that went on behind the tiles.
+Loopback is as good as free, so a slow link is played: what is sent is not there before it would have come over a link
+of that rate, counted from when the last transfer of the rank ended. `exposed` is what a step waits for it, as a share
+of the step; `hidden` is the share of the communication that went on behind the tiles.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import statistics
 import sys
 import tempfile
@@ -22,9 +23,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from cpu import environment
 
 import flashcl
+from flashcl.cli.bench.machine import environment
 from flashcl.cli.plan import Plan
 from flashcl.engine.ranks import Ranks
 
@@ -91,13 +92,14 @@ def measure(rank: int, world: int, folder: str, batch: int, d: int, loss: str, r
         link.rate, link.seconds = rate, 0.0
         slow = timed(step, repeat)
         sending = link.seconds / (repeat + 1)
+        hidden = 1 - max(0.0, slow - fast) / sending if sending else None
         walks = Plan(loss, batch, d, world, itemsize=4).walks(strategy)
         least = sum(w.rows + w.gradients for w in Plan(loss, batch, d, world, itemsize=4).walks("ring"))
         rows.append(
             dict(
                 loss=loss, batch=batch, d=d, world=world, strategy=strategy, step_s=fast, slow_link_step_s=slow,
-                link_bytes_per_s=rate, sending_s=sending, sent_mb=sum(w.bytes for w in walks) / 2**20, least_mb=least / 2**20,
-                exposed=max(0.0, slow - fast) / slow, hidden=1 - max(0.0, slow - fast) / sending if sending else None,
+                link_bytes_per_s=rate, sending_s=sending, sent_mb=sum(w.bytes for w in walks) / 2**20,
+                least_mb=least / 2**20, exposed=max(0.0, slow - fast) / slow, hidden=hidden,
             )
         )  # fmt: skip
     if rank == 0:
@@ -127,9 +129,11 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     args = parser.parse_args()
-    results = dict(environment=environment(), rows=[])
+    here = environment(torch.device("cpu")) | dict(command=shlex.join(["python", *sys.argv]))
+    results = dict(environment=here, rows=[])
     print(*(f"{k}: {v}" for k, v in results["environment"].items()), sep="\n", end="\n\n")
-    print(f"{'loss':<10}{'ranks':>6} {'strategy':<9}{'step s':>8}{'sent MB':>9}{'/ least':>8}{'slow link s':>13}{'exposed':>9}{'hidden':>8}")
+    print(f"{'loss':<10}{'ranks':>6} {'strategy':<9}{'step s':>8}{'sent MB':>9}{'/ least':>8}", end="")
+    print(f"{'slow link s':>13}{'exposed':>9}{'hidden':>8}")
     for loss in args.losses:
         for world in args.worlds:
             with tempfile.TemporaryDirectory() as folder:

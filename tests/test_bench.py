@@ -300,6 +300,14 @@ def test_missing_providers_are_named(capsys, no_children):
     assert all(len(line.split(": ", 2)[2]) > 10 for line in lines)  # and why
 
 
+def test_memory_that_cannot_be_measured_is_no_failure(offered, monkeypatch):
+    monkeypatch.setattr(measure.memory, "measurable", lambda device: False)
+    monkeypatch.setattr(measure, "_peak_in_fresh_process", lambda work, name: no_memory())
+    rows = offered(right=right)
+    assert [(row.status, row.extra_mib) for row in rows.values()] == [("ok", None)] * 2
+    assert results.show(list(rows.values())).count("not measured") == 2
+
+
 def test_what_is_not_installed_or_does_not_load_is_unavailable():
     with pytest.raises(providers.Unavailable, match=r"not installed \(pip install no-such-package\)"):
         providers._import("no_such_module", "no-such-package")
@@ -332,6 +340,26 @@ def test_a_broken_gpu_ends_the_process_and_resuming_goes_on(monkeypatch, tmp_pat
 
 
 # ---- time
+
+
+def test_a_package_does_not_change_how_the_others_multiply(offered, monkeypatch):
+    seen = []
+
+    def careless(work, case):
+        torch.set_float32_matmul_precision("medium")
+
+        def loss(x, y, logit_scale):
+            seen.append(torch.get_float32_matmul_precision())
+            return right(x, y, logit_scale)
+
+        return loss
+
+    monkeypatch.setitem(providers.PROVIDERS, "memeff", careless)
+    try:
+        measure.measure(SMALL, ["memeff"], CPU, ["full"], 0.01, lambda doing: None)
+        assert set(seen) == {"highest"}
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_providers_take_turns(offered):

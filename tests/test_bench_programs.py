@@ -1,5 +1,6 @@
-"""The programs in bench/: figures, the time of the host, the check of a GPU."""
+"""The programs in bench/: figures, the time of the host, ranks, the check of a GPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,13 @@ import torch
 from measured import ENVIRONMENT, ROOT, ROWS, one_commit, script  # noqa: F401  fixtures
 
 from flashcl.cli.bench.results import Results
+
+
+@pytest.mark.parametrize("program", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.name)
+def test_every_program_starts(program):
+    pytest.importorskip({"plots": "matplotlib", "host": "triton", "tiles": "triton"}.get(program.stem, "torch"))
+    done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
 
 
 # ---- the figures
@@ -90,6 +98,21 @@ def test_host_time_without_a_gpu():
     assert len(times) == 5 and all(0 < float(v) < 1e3 for row in times for v in row), done.stdout
 
 
+# ---- ranks
+
+
+def test_ranks_on_one_machine(tmp_path):
+    sizes = "--worlds 2 --losses siglip --batch 64 --dim 8 --repeat 1 --link 0.001".split()
+    command = [sys.executable, ROOT / "bench/distributed.py", *sizes, "--out", tmp_path / "r.json"]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    found = json.loads((tmp_path / "r.json").read_text())
+    assert found["environment"]["command"].endswith("--out " + str(tmp_path / "r.json"))
+    assert found["environment"]["command"].startswith("python ") and found["environment"]["torch"] == torch.__version__
+    assert [(row["world"], row["strategy"]) for row in found["rows"]] == [(2, "ring"), (2, "gather")]
+    for row in found["rows"]:
+        assert 0 < row["least_mb"] < row["sent_mb"] and 0 < row["step_s"] < 10 and 0 <= row["exposed"] < 1
+
+
 # ---- the check of a GPU
 
 
@@ -123,7 +146,8 @@ def test_what_info_says_of_a_backend_is_understood(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "none")
     check = gpu.Check("1/1", 60, tmp_path)
     for served, reason in (({torch.bfloat16, torch.float16}, None), (set(), "too old")):
-        monkeypatch.setattr(info.dispatch, "unusable", lambda name, _, dtype: None if name == "torch" or dtype in served else "too old")
+        here = lambda name, _, dtype: None if name == "torch" or dtype in served else "too old"  # noqa: E731
+        monkeypatch.setattr(info.dispatch, "unusable", here)
         check.state["build"] = "\n".join(f"{name:<10} {value}" for name, value in info.report())
         assert check.not_usable("cuda") == reason
         assert ("usable: bfloat16, float16" in check.state["build"]) == bool(served)
@@ -209,7 +233,8 @@ def test_the_summary_of_a_check(monkeypatch, tmp_path, capsys, change, code, ver
     monkeypatch.setattr(gpu, "environment", lambda: dict(device="a GPU", arch="sm90", sources="123"))
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "none")
     check = gpu.Check("1/1", 60, tmp_path)
-    check.state |= dict(build="triton     usable: float32, bfloat16, float16", tests=PASSED, sanitizer=CLEAN, bench="done") | change
+    info = "triton     usable: float32, bfloat16, float16"
+    check.state |= dict(build=info, tests=PASSED, sanitizer=CLEAN, bench="done") | change
     assert check.summary() == code
     assert (tmp_path / "verified-triton-sm90.json").exists() == verified
     assert not (tmp_path / "verified-cuda-sm90.json").exists()

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from measured import ENVIRONMENT, ROWS, one_commit  # noqa: F401  fixtures
 
 from flashcl.cli import main
 from flashcl.cli.bench import machine, measure
-from flashcl.cli.bench.results import Results
+from flashcl.cli.bench.results import BadFile, Results
 from flashcl.cli.bench.suites import MODES
 
 
@@ -118,7 +119,9 @@ def test_a_time_limit_leaves_the_rest(canned, tmp_path, capsys):
         (dict(ms=1.9, ms_20=1.6, ms_80=2.5), 0),  # the distributions overlap
         (dict(ms=0.5, ms_20=0.4, ms_80=0.6), 0),
         (dict(ms=3.0, ms_20=2.5, ms_80=3.5), 1),
-        (dict(extra_mib=30.0), 1),
+        (dict(extra_mib=19.2), 0),  # 3 MiB before: a tenth of them and the noise of 16
+        (dict(extra_mib=19.4), 1),
+        (dict(extra_mib=None), 0),
         (dict(status="oom"), 1),
         (dict(status="wrong"), 1),
         (dict(status="failed"), 1),
@@ -146,12 +149,21 @@ def test_an_incomparable_file_is_no_success(canned, tmp_path, capsys):
     assert canned(answer, "--fail-if-regression")[0] == 2
 
 
+@pytest.mark.parametrize("share, warned", [(0.25, False), (0.3, True)])
+def test_a_busy_machine_is_warned_of(canned, monkeypatch, capsys, share, warned):
+    monkeypatch.setattr(os, "getloadavg", lambda: (share * os.cpu_count(), 0.0, 0.0))
+    assert canned(answer)[0] == 0
+    assert ("other programs use the cores" in capsys.readouterr().err) == warned
+
+
 def test_nt_xent_has_pairs(capsys):
     assert main(["bench", "--loss", "nt_xent", "--n", "7"]) == 2
     assert "nt_xent" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", ["--n 0", "--n 64:32", "--part 4/3", "--provider nobody", "--loss hinge", "--seconds nan"])
+@pytest.mark.parametrize(
+    "arguments", ["--n 0", "--n 64:32", "--part 4/3", "--provider nobody", "--loss hinge", "--seconds nan"]
+)
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["bench", *arguments.split()])
@@ -163,7 +175,10 @@ def test_files_that_are_no_results(tmp_path, capsys):
     assert main(["bench", "--compare", str(path)]) == 2 and str(path) in capsys.readouterr().err
     for text in ("", "[]", '{"environment": {}, "rows": [{"loss": "info_nce"}]}'):
         path.write_text(text)
-        assert main(["bench", "--compare", str(path)]) == 2 and "is no result of flashcl bench" in capsys.readouterr().err
+        with pytest.raises(BadFile, match=f"^{path} is no result of flashcl bench: "):
+            Results.load(path)
+        assert main(["bench", "--compare", str(path)]) == 2
+        assert capsys.readouterr().err.startswith(f"flashcl: {path} is no result of flashcl bench: ")
 
 
 def test_the_command_as_a_user_runs_it(tmp_path):

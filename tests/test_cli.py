@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import flashcl
+from flashcl import contract
+from flashcl.cli import main
 
 FLASHCL = Path(sys.executable).with_name("flashcl")
 
@@ -34,19 +37,61 @@ def test_check_passes_on_this_machine():
     assert len(lines) == 7 * 4  # losses x dtypes
 
 
-def test_check_fails_where_a_loss_is_wrong():
-    """One loss, one part in ten thousand off: exit code 1, and the table says where."""
-    script = """
-import sys, flashcl
-from flashcl.cli import main
-right = flashcl.nt_xent
-flashcl.nt_xent = lambda *args, **kwargs: right(*args, **kwargs) * 1.0001
-sys.exit(main(["check", "--backend", "torch"]))
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.returncode == 1, done.stdout + done.stderr
-    failed = re.findall(r"^(\S.*?)  +torch .*FAILED$", done.stdout, re.M)
-    assert set(failed) == {"nt_xent"}, done.stdout
+def right(*args, nt_xent=flashcl.nt_xent, **options):
+    return nt_xent(*args, **options)
+
+
+def wrong_value(*args, **options):
+    """Its gradients fit it."""
+    return right(*args, **options) * 1.0001
+
+
+def wrong_gradients(*args, **options):
+    value = right(*args, **options)
+    return value.detach() + 1.02 * (value - value.detach())
+
+
+def wrong_in_one_regime(*args, temperature, **options):
+    return (wrong_gradients if temperature < 0.02 else right)(*args, temperature=temperature, **options)
+
+
+def check(monkeypatch, capsys, nt_xent):
+    """Of two losses, one of them planted: exit code, {(loss, dtype): (our error, that of dense, verdict, reasons)}."""
+    monkeypatch.setattr(contract, "LOSSES", ("siglip", "nt_xent"))
+    monkeypatch.setattr(flashcl, "nt_xent", nt_xent)
+    code = main(["check", "--backend", "torch"])
+    found = re.findall(
+        r"^(\w+) +torch +(\w+) +(\S+) +(\S+) +(ok|FAILED)\n((?:    .*\n)*)", capsys.readouterr().out, re.M
+    )
+    assert len(found) == 2 * 4
+    return code, {row[:2]: row[2:] for row in found}
+
+
+@pytest.mark.parametrize(
+    "nt_xent, reasons",
+    [
+        (wrong_value, ["init: value", "large: value"]),
+        (wrong_gradients, ["init: grad z1", "t=0.01: grad z2", "gradcheck"]),
+        (wrong_in_one_regime, ["t=0.01: grad z1", "t=0.01: grad temperature"]),
+    ],
+)
+def test_check_fails_where_a_loss_is_wrong(monkeypatch, capsys, nt_xent, reasons):
+    """Exit code 1, and the table says where."""
+    code, table = check(monkeypatch, capsys, nt_xent)
+    assert code == 1
+    assert {loss for (loss, _), row in table.items() if row[2] == "FAILED"} == {"nt_xent"}
+    shown = table["nt_xent", "float64"][3]
+    assert all(f"    {reason}" in shown for reason in reasons), shown
+    assert ("gradcheck" in shown) == ("gradcheck" in reasons)
+    if nt_xent is not wrong_value:  # which is less than the rounding of 16 bits
+        assert {row[2] for (loss, _), row in table.items() if loss == "nt_xent"} == {"FAILED"}
+
+
+def test_the_error_that_check_prints_is_the_worst(monkeypatch, capsys):
+    """Of all regimes, values and gradients: one regime is wrong, and there every value is right."""
+    _, table = check(monkeypatch, capsys, wrong_in_one_regime)
+    assert table["nt_xent", "float64"][:2] == ("2.0e-02", "0.0e+00")
+    assert float(table["siglip", "float64"][0]) < 1e-12 < 1e-4 < float(table["siglip", "bfloat16"][1])
 
 
 def test_a_backend_that_cannot_run_fails_the_check_and_says_why():
@@ -55,6 +100,34 @@ def test_a_backend_that_cannot_run_fails_the_check_and_says_why():
         assert done.returncode == 1 and re.search(r"not usable: \w+", done.stdout)
     else:
         assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("command", ["bench", "demo"])
+def test_a_gpu_that_is_not_there(monkeypatch, tmp_path, capsys, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([command, "--device", "cuda", "--out", str(tmp_path / "out")]) == 2
+    out, err = capsys.readouterr()
+    assert err == "flashcl: --device cuda: torch finds no CUDA GPU here\n" and not out and not list(tmp_path.iterdir())
+
+
+def test_the_commands_run_where_unix_does_not(tmp_path):
+    """As on Windows: neither `resource` nor a load average, and nothing that tells the memory of a process."""
+    script = """
+import os, sys
+sys.modules["resource"] = None
+del os.getloadavg
+from flashcl.cli import main, memory
+memory.measurable = lambda device: device.type == "cuda"
+sys.exit(main(sys.argv[1:]))
+"""
+    sizes = ["--n", "64", "--d", "8", "--seconds", "0.01", "--provider", "flashcl-torch,dense", "--mode", "full"]
+    command = [sys.executable, "-c", script, "bench", *sizes, "--device", "cpu", "--out", tmp_path / "r.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if re.match("(flashcl-torch|dense) full", line)]
+    assert len(lines) == 2 and all("not measured" in line for line in lines), done.stdout
+    again = subprocess.run([*command, "--compare", tmp_path / "r.json"], capture_output=True, text=True)
+    assert again.returncode == 0 and again.stdout.count("memory not measured") == 2, again.stdout + again.stderr
 
 
 def test_a_closed_pipe_is_no_error():

@@ -3,17 +3,20 @@
 import argparse
 import ast
 import importlib.util
+import io
 import itertools
+import math
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from flashcl.cli import corpus, demo, encoder, memory, report, training
+from flashcl.cli import corpus, demo, encoder, main, memory, report, training
 from flashcl.cli.encoder import Bags, Encoder, features, words
 
 VERBS = "parse read write merge sort split count delete update encode decode compress".split()
@@ -213,6 +216,24 @@ def test_dense_and_flashcl_coincide_and_learn(data):
     assert fused.recall10 > 5 * 10 / len(data.test) and fused.recall1 <= fused.recall10
 
 
+def test_recall_counts_the_first_and_the_first_ten(data, monkeypatch):
+    """Of the k-th text, k codes are nearer than its own: it comes in place k + 1."""
+    model, nearer = Encoder(), torch.ones(20, 20).tril(-1)
+    nearer -= torch.arange(20.0)[:, None] / 2  # some texts are nearer to all codes than others
+    monkeypatch.setattr(model, "encode_text", lambda bags: nearer)
+    monkeypatch.setattr(model, "encode_code", lambda bags: torch.eye(20))
+    assert training.recall(model, replace(data, test=data.test[:20])) == (1 / 20, 10 / 20)
+
+
+def test_the_scale_ends_at_that_of_clip_and_can_come_back(data):
+    trainee = training.Trainee("flashcl", training.initial_encoder(data, seed=0))
+    text, code = data.text.weighted(trainee.encoder.text_idf), data.code.weighted(trainee.encoder.code_idf)
+    trainee.encoder.log_scale.data.fill_(math.log(200))
+    rows = data.train[:32]
+    trainee.step(text.take(rows), code.take(rows), learning_rate=1e-3)
+    assert trainee.encoder.logit_scale.item() == pytest.approx(100) and trainee.encoder.log_scale.grad != 0
+
+
 def test_batches_are_the_same_for_a_seed_and_hold_no_pair_twice(data):
     first, again = (list(itertools.islice(training.batches(data.train, 100, seed=3), 7)) for _ in range(2))
     assert all(map(torch.equal, first, again))
@@ -232,10 +253,52 @@ def test_measured_memory_of_dense_grows_and_that_of_flashcl_does_not():
     assert measured["flashcl", 8192] < measured["dense", 8192] / 10
 
 
-def test_dense_is_not_run_where_memory_lacks(monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda device: 2**20)
-    dense, fused = memory._measure_here(CPU, [512], 16)
-    assert dense == memory.Measured("dense", 512, None, memory.FIRST_GUESS * 4 * 512**2) and fused.peak is not None
+@pytest.mark.skipif(not memory.measurable(CPU), reason="reads /proc")
+def test_dense_is_run_within_half_of_the_memory(monkeypatch):
+    needed = memory.FIRST_GUESS * 4 * 512**2
+    for free, run in ((2 * needed, True), (2 * needed - 2, False)):
+        monkeypatch.setattr(memory, "available", lambda device: free)
+        dense, fused = memory._measure_here(CPU, [512], 16)
+        assert fused.peak is not None
+        assert (dense.peak is not None) if run else dense == memory.Measured("dense", 512, None, needed)
+
+
+def test_dense_is_trained_only_where_it_could_be_measured(monkeypatch):
+    trained = []
+
+    def train(losses, data, device, batch, **limits):
+        trained.append((losses, batch))
+        return []
+
+    monkeypatch.setattr(training, "train", train)
+    fits, too_large = memory.Measured("dense", 32, 2**20), memory.Measured("dense", 32, None, 2**40)
+    for measured in ([fits], [], [memory.Measured("dense", 128, 2**20), too_large]):
+        demo.train_all(arguments(), None, CPU, 32, 64, measured)
+    both, alone = (["dense", "flashcl"], 32), (["flashcl"], 64)
+    assert trained == [both, alone, both, alone, (["flashcl"], 32), alone]
+
+
+@pytest.mark.parametrize(
+    "limit, used, available",
+    [
+        ("3000000", "1000000", 2_000_000),
+        ("max", "1000000", 4_096_000),
+        ("9000000", "1000000", 4_096_000),  # of a machine that has less
+        (None, None, 4_096_000),
+    ],
+)
+def test_memory_is_what_the_container_leaves(monkeypatch, limit, used, available):
+    files = {"/proc/meminfo": "MemTotal: 9000 kB\nMemFree: 8000 kB\nMemAvailable: 4000 kB\n"}
+    if limit:
+        files |= {"/sys/fs/cgroup/memory.max": limit, "/sys/fs/cgroup/memory.current": used}
+
+    def read(path):
+        if path not in files:
+            raise FileNotFoundError(path)
+        return io.StringIO(files[path])
+
+    monkeypatch.setattr(memory, "open", read, raising=False)
+    assert memory.available(CPU) == available
 
 
 # ---- the whole
@@ -254,6 +317,7 @@ def test_a_small_run_from_code_to_search(code_folder, tmp_path, capsys):
 
     assert demo.run(arguments("--out", out, "--search", "compress an image")) == 0
     answers = capsys.readouterr().out.splitlines()
+    assert main(["demo", "--out", str(out), "--search", "?!"]) == 2 and "no words" in capsys.readouterr().err
     assert len(answers) == 20 and any("package.image.compress_image" in line for line in answers)
     assert f"  {code_folder}/package/" in answers[0]
 
@@ -267,19 +331,19 @@ def test_fewer_threads_are_taken_where_they_are_faster(monkeypatch, capsys):
 
 
 def test_search_without_an_encoder_says_what_to_do(tmp_path, capsys):
-    assert demo.run(arguments("--out", tmp_path, "--search", "anything")) == 1
-    assert "run `flashcl demo` first" in capsys.readouterr().out
+    assert main(["demo", "--out", str(tmp_path), "--search", "anything"]) == 2
+    assert "run `flashcl demo` first" in capsys.readouterr().err
 
 
 def test_search_in_a_file_of_another_version_says_what_to_do(tmp_path, capsys):
     torch.save({"layout": [0]}, tmp_path / "encoder.pt")
-    assert demo.run(arguments("--out", tmp_path, "--search", "anything")) == 1
-    assert "another version" in capsys.readouterr().out
+    assert main(["demo", "--out", str(tmp_path), "--search", "anything"]) == 2
+    assert "another version" in capsys.readouterr().err
 
 
 def test_too_little_code_is_refused(tmp_path, capsys):
-    assert demo.run(arguments("--code", tmp_path, "--out", tmp_path / "out", "--device", "cpu")) == 1
-    assert "too few" in capsys.readouterr().out
+    assert main(["demo", "--code", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
+    assert "0 pairs are too few" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--batch", "--large-batch", "--steps", "--seconds"])

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import flashcl
 from flashcl import reference
@@ -213,3 +215,89 @@ def test_memory_does_not_hold_the_logits(loss):
     """12,288 rows: the logits alone would be 600 MB in float32, what is measured are a few tiles."""
     run = subprocess.run([sys.executable, "-c", MEMORY, loss, "12288"], capture_output=True, text=True, check=True)
     assert int(run.stdout) < 64 * 1024, f"{int(run.stdout) / 1024:.0f} MB more"
+
+
+# ---- what the torch backend saves
+
+
+@pytest.fixture
+def torch_backend(monkeypatch):
+    """In tiles of 16 x 16."""
+    module = dispatch.load("torch")
+    monkeypatch.setattr(module, "_CPU_TILE", (16, 16))
+    return module
+
+
+class Watch(TorchDispatchMode):
+    """The largest tensor that is made, not counting those given, and the calls of exp on a tile."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.given, self.largest, self.exps = {v.untyped_storage().data_ptr() for v in given}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for v in (v for v in tree_leaves(out) if isinstance(v, torch.Tensor)):
+            if v.untyped_storage().data_ptr() not in self.given:
+                self.largest = max(self.largest, v.numel())
+        self.exps += function is torch.ops.aten.exp_.default and args[0].dim() == 2
+        return out
+
+
+@pytest.mark.parametrize("kept, work", [(1.0, 6), (0.5, 7), (0.0, 8)])
+def test_products_that_are_kept_are_not_computed_again(kept, work, torch_backend, monkeypatch):
+    """6 N M D where all are kept, 8 where none is; the bits are the same."""
+    n, m, d, done = 32, 64, 8, []
+    monkeypatch.setattr(torch_backend, "_KEPT_BYTES", int(kept * n * m * 8))
+    for name, operands in (("mm", (0, 1)), ("addmm_", (1, 2))):
+
+        def count(*args, real=getattr(torch_backend, name), operands=operands, **options):
+            a, b = (args[k] for k in operands)
+            done.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
+            return real(*args, **options)
+
+        monkeypatch.setattr(torch_backend, name, count)
+    x, y = leaf(n, d), leaf(m, d, seed=1)
+    got = torch.autograd.grad(flashcl.info_nce(x, y, temperature=1.0, symmetric=False), (x, y))
+    assert sum(done) == work * n * m * d
+    monkeypatch.undo()
+    expected = torch.autograd.grad(flashcl.info_nce(x, y, temperature=1.0, symmetric=False), (x, y))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
+
+
+def test_one_exp_per_logit(torch_backend, monkeypatch):
+    """Forward and backward, for rows and columns alike; a row without positives does not cost its tiles another one."""
+    exps = {}
+    for name in ("sweep", "grad"):
+
+        def watched(*args, real=getattr(torch_backend, name), name=name, **options):
+            with Watch() as watch:
+                result = real(*args, **options)
+            exps[name] = watch.exps
+            return result
+
+        monkeypatch.setattr(torch_backend, name, watched)
+    x, y = leaf(64), leaf(64, seed=1)
+    flashcl.info_nce(x, y, temperature=5.0).backward()
+    assert exps == dict(sweep=16, grad=16)
+    labels = torch.where(torch.arange(64) == 5, 9, torch.arange(64) % 3)  # so many positives that they are masks
+    flashcl.sup_con(x, labels, temperature=5.0).backward()
+    assert exps["grad"] == 2 * 10  # of the tiles on and above the diagonal, for each class
+
+
+def test_positives_of_wide_rows_come_in_pieces():
+    """What is O(N D) widens 2 MiB of float32 at a time, whatever D."""
+    n, d, limit = 64, 2**15, 2**19
+    module, x = dispatch.load("torch"), torch.ones(n, d, dtype=torch.bfloat16)
+    acc, weight, one = torch.ones(n, d), torch.ones(n), torch.ones(1)
+    slot, sums = torch.arange(n) // 2, torch.zeros(2, n, d)
+    for call in (
+        lambda: module.partner_products(x, x, 5),
+        lambda: module.finish(acc, x, weight, 5, one, acc),
+        lambda: positives._add_by_slot_(sums, x, slot, torch.stack([weight, weight])),
+        lambda: positives._label_products(x, sums, slot),
+        lambda: positives._add_labels_(acc, x, weight, sums, slot),
+    ):
+        with Watch(x, acc, sums) as watch:
+            call()
+        assert watch.largest <= limit

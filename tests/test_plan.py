@@ -1,5 +1,6 @@
-"""`flashcl plan`: its formulas against numbers worked out by hand. test_distributed.py holds its bytes against real ones."""
+"""`flashcl plan`: its formulas against numbers worked out by hand. test_distributed.py counts those of real ranks."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -43,8 +44,20 @@ def test_memory_and_the_largest_batch():
     for strategy in ("gather", "ring"):
         largest = plan.largest_batch(strategy, 80e9)
         assert largest % 8 == 0
-        assert Plan("siglip", largest, 512, 8).memory(strategy) <= 80e9 < Plan("siglip", largest + 8, 512, 8).memory(strategy)
+        fits, does_not = (Plan("siglip", batch, 512, 8).memory(strategy) for batch in (largest, largest + 8))
+        assert fits <= 80e9 < does_not
     assert plan.largest_batch("ring", WORKSPACE) == 0
+
+
+def test_memory_of_sup_con_by_hand():
+    plan = Plan("sup_con", batch=4096, dim=256, ranks=4)
+    numbers = 1024 * 256  # of this rank's embeddings
+    towers = numbers * (2 + 2 + 4)  # with gradients, in their dtype and in float32
+    on_its_way = 2 * numbers * (2 + 4)
+    block = 2 * numbers * 4
+    class_sums = 2 * numbers * (8 + 4)
+    vectors = 1024 * 4 * (4 + 2 * 4 * 4)
+    assert plan.memory("ring") == towers + on_its_way + block + class_sums + vectors + WORKSPACE
 
 
 def test_sizes_and_rates_as_people_write_them():
@@ -65,15 +78,57 @@ def test_the_command(capsys):
         assert words in out
 
 
-def test_a_measured_rate_takes_the_place_of_the_peak(tmp_path, capsys):
+@pytest.mark.parametrize("interconnect, slower", [("50GB", "computing"), ("0.01GB", "sending")])
+def test_communication_hides_behind_the_tiles_of_its_walk(capsys, interconnect, slower):
+    """The label sums of SupCon have none; the tiles of the other walks take longer than a fast link, not a slow one."""
+    command = "plan --loss sup_con --batch 1M --dim 1024 --gpus 4 --gpu a100 --interconnect"
+    assert main([*command.split(), interconnect]) == 0
+    _, ring = re.findall(r"step ([\d.]+) ms", capsys.readouterr().out)
+    labels, *walks = Plan("sup_con", 2**20, 1024, 4).walks("ring")
+    sending = [walk.bytes / rate(interconnect) for walk in (labels, *walks)]
+    hidden = dict(computing=sum(walk.flops / 312e12 for walk in walks), sending=sum(sending[1:]))
+    assert max(hidden, key=hidden.get) == slower
+    assert float(ring) == pytest.approx(1e3 * (sending[0] + hidden[slower]), abs=0.06)
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """A result file in which what is asked for is neither the first row nor the fastest; TFLOP/s tell rows apart."""
     row = Row("info_nce", 65536, 1024, "bfloat16", "full", "flashcl-triton", "ok", tflops=500.0)
-    file, rows = tmp_path / "gpu.json", [replace(row, d=256, tflops=100.0), row, replace(row, provider="dense", tflops=900.0)]
-    Results(dict(device="a GPU"), rows).save(file)
-    assert main([*ARGUMENTS, "--calibrate", str(file)]) == 0
+    rows = [
+        replace(row, d=256, tflops=100.0),
+        row,
+        replace(row, provider="dense", tflops=900.0),
+        replace(row, dtype="float32", tflops=50.0),
+        replace(row, mode="forward", tflops=800.0),
+        replace(row, dtype="float16", mode="backward", tflops=700.0),
+    ]
+    Results(dict(device="a GPU"), rows).save(tmp_path / "gpu.json")
+    return ["--calibrate", str(tmp_path / "gpu.json")]
+
+
+@pytest.mark.parametrize("dtype, tflops", [("bfloat16", 500), ("float32", 50)])
+def test_a_measured_rate_takes_the_place_of_the_peak(measured, capsys, dtype, tflops):
+    assert main([*ARGUMENTS, *measured, "--dtype", dtype]) == 0
     out = capsys.readouterr().out
-    assert "matrix rate 500 TFLOP/s: measured, flashcl-triton at N = 65,536, D = 1024 on a GPU" in out
-    with pytest.raises(SystemExit, match="no measured flashcl row for siglip"):
-        main([*ARGUMENTS, "--loss", "siglip", "--calibrate", str(file)])
+    assert f"matrix rate {tflops} TFLOP/s: measured, flashcl-triton at N = 65,536, D = 1024 on a GPU" in out
+
+
+@pytest.mark.parametrize(
+    "asked, missing", [("--loss siglip", "siglip in bfloat16"), ("--dtype float16", "info_nce in float16")]
+)
+def test_a_rate_that_was_not_measured(measured, capsys, asked, missing):
+    assert main([*ARGUMENTS, *measured, *asked.split()]) == 2
+    assert f"no measured flashcl row for {missing}, forward and backward" in capsys.readouterr().err
+
+
+def test_float32_has_four_bytes_and_no_published_peak(measured, capsys):
+    assert main([*ARGUMENTS, "--dtype", "float32"]) == 2
+    assert "the published peaks are those of 16-bit products" in capsys.readouterr().err
+    assert main([*ARGUMENTS, *measured, "--dtype", "float32"]) == 0
+    forward = Plan("info_nce", 4 * 2**20, 1024, 256, itemsize=4).walks("ring")[0]
+    assert forward.rows == 255 * 2**14 * 1024 * 4
+    assert re.search(rf"^ring +forward +[\d.]+ +{forward.bytes / 1e6:.1f} ", capsys.readouterr().out, re.M)
 
 
 @pytest.mark.parametrize("wrong", ["--gpus 0", "--gpus -8", "--dim 0", "--interconnect 0Gb"])
@@ -85,4 +140,5 @@ def test_wrong_arguments(wrong, capsys):
 
 def test_what_cannot_be_planned(tmp_path, capsys):
     assert main([*ARGUMENTS, "--batch", "4"]) == 2 and "without a pair" in capsys.readouterr().err
-    assert main([*ARGUMENTS, "--calibrate", str(tmp_path / "nothing.json")]) == 2 and "nothing.json" in capsys.readouterr().err
+    assert main([*ARGUMENTS, "--calibrate", str(tmp_path / "nothing.json")]) == 2
+    assert "nothing.json" in capsys.readouterr().err

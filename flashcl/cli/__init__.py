@@ -1,4 +1,8 @@
-"""The command line: flashcl info | check | bench | demo | plan."""
+"""The command line: flashcl info | check | bench | demo | plan.
+
+Exit codes: 0, all is well; 1, what was checked or compared is worse than it should be; 2, what was asked for cannot be
+done, and stderr says why; 3, a time limit or a broken GPU left some of it; 130, interrupted.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import sys
 
 import flashcl
 from flashcl.cli import bench, check, demo, info, plan
+from flashcl.cli.arguments import UsageError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,6 +31,6 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `flashcl ... | head`: nobody reads on, also not what Python would flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:  # a file that is not there, or cannot be written
+    except (UsageError, OSError) as error:  # OSError: a file that is not there, or cannot be written
         print(f"flashcl: {error}", file=sys.stderr)
         return 2

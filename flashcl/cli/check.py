@@ -18,8 +18,11 @@ REGIMES = ("init", "converged", "t=0.01", "large")
 
 
 def add_parser(commands) -> None:
-    parser = commands.add_parser("check", help="every loss against float64, beside dense PyTorch; exit code 1 on a failure")
-    parser.add_argument("--backend", choices=dispatch.BACKENDS, help="only this one (default: all that are usable here)")
+    about = "every loss against float64, beside dense PyTorch; exit code 1 on a failure"
+    parser = commands.add_parser("check", help=about)
+    parser.add_argument(
+        "--backend", choices=dispatch.BACKENDS, help="only this one (default: all that are usable here)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -46,12 +49,14 @@ def run(args) -> int:
 def _report(loss: str, backend: str, dtype: torch.dtype, device: torch.device) -> bool:
     """Prints one line; returns whether the contract holds."""
     cases = [contract.case(loss, regime, n=67, d=40) for regime in REGIMES]
-    broken = [f"{r}: {v}" for r, c in zip(REGIMES, cases) for v in contract.violations(c, dtype, backend=backend, device=device)]
+    where = dict(backend=backend, device=device)
+    broken = [f"{r}: {v}" for r, c in zip(REGIMES, cases) for v in contract.violations(c, dtype, **where)]
     if dtype == torch.float64 and not _gradcheck(loss, backend, device):
         broken.append("gradcheck")
     errors = [_errors(c.to(dtype, device), backend) for c in cases]
     ours, dense = (max(e[k] for e in errors) for k in (0, 1))
-    print(f"{loss:<24}{backend:<9}{str(dtype)[6:]:<10}{ours:>10.1e}{dense:>10.1e}  {'FAILED' if broken else 'ok'}", flush=True)
+    verdict = "FAILED" if broken else "ok"
+    print(f"{loss:<24}{backend:<9}{str(dtype)[6:]:<10}{ours:>10.1e}{dense:>10.1e}  {verdict}", flush=True)
     for line in broken:
         print(f"    {line}")
     return not broken

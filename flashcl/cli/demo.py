@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 import flashcl
 from flashcl.cli import corpus, memory, report, search, training
-from flashcl.cli.arguments import at_least_one, positive
+from flashcl.cli.arguments import UsageError, at_least_one, choose_device, positive
 from flashcl.cli.encoder import DIM
-from flashcl.cli.info import default_device, describe
+from flashcl.cli.info import describe
 from flashcl.cli.memory import Measured
 from flashcl.cli.training import Data, Run
 
@@ -46,18 +46,15 @@ def add_parser(commands) -> None:
 
 def run(args) -> int:
     if args.search is not None:
-        return search.search(args.search, args.out / "encoder.pt")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("--device cuda: torch finds no CUDA GPU here")
-        return 1
-    device = default_device() if args.device == "auto" else torch.device(args.device)
+        search.search(args.search, args.out / "encoder.pt")
+        return 0
+    device = choose_device(args.device)
     print(machine(device))
     args.out.mkdir(parents=True, exist_ok=True)
 
     pairs = load_pairs(args)
     if len(pairs) < MIN_PAIRS:
-        print(f"{len(pairs)} pairs are too few to learn from: at least {MIN_PAIRS} are needed")
-        return 1
+        raise UsageError(f"{len(pairs)} pairs are too few to learn from: at least {MIN_PAIRS} are needed")
     with report.progress("counting words"):
         data = training.prepare(pairs, args.seed)
     batch, large = batch_sizes(args, len(data.train), device)

@@ -33,7 +33,7 @@ def report() -> list[tuple[str, str]]:
         ("flashcl", flashcl.__version__),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", torch.__version__),
-        ("triton", _version("triton")),
+        ("triton", version("triton")),
         ("extension", _extension()),
         ("device", describe(device)),
     ]
@@ -69,11 +69,11 @@ def _processor() -> str:
         return platform.processor() or "unknown"
 
 
-def _version(package: str) -> str:
+def version(package: str, missing: str = "not installed") -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return missing
 
 
 def _extension() -> str:

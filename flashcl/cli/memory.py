@@ -56,14 +56,8 @@ def measure_all(device: torch.device, batches: list[int], dim: int) -> Iterator[
         yield from _measure_here(device, batches, dim)
         return
     code = "from flashcl.cli import memory; memory.child()"
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        # glibc: every tensor gets pages of its own, given back when it is freed: the resident set is what is alive
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
     command = [sys.executable, "-c", code, json.dumps([batches, dim])]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             yield Measured(*json.loads(line))
     if process.returncode:
@@ -72,6 +66,16 @@ def measure_all(device: torch.device, batches: list[int], dim: int) -> Iterator[
 
 def find(measured: list[Measured], loss: str, batch: int) -> Measured | None:
     return next((m for m in measured if (m.loss, m.batch) == (loss, batch)), None)
+
+
+def child_environment() -> dict[str, str]:
+    """The variables of a process that measures its memory."""
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        # glibc: every tensor gets pages of its own, given back when it is freed: the resident set is what is alive
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+    }
 
 
 def child() -> None:

@@ -10,24 +10,25 @@ Per rank, with W ranks, n = batch / W rows each (NT-Xent: 2 n lines), rows of D 
     messages     1 KiB from each rank to each rank per operation, in which they agree on what they do
 
 An all-gather sends (W - 1) times what a rank brings, a reduce-scatter (W - 1) times what a rank gets, an all-reduce
-2 (W - 1) / W times its size: the volumes of the usual ring algorithms, mean over the ranks. Communication hides behind the tiles of the walk
-that it belongs to; what is longer than them is exposed. Latency, stragglers and the encoders are left out.
+2 (W - 1) / W times its size: the volumes of the usual ring algorithms, mean over the ranks. Communication hides behind
+the tiles of the walk that it belongs to; what is longer than them is exposed. Latency, stragglers and the encoders are
+left out.
 """
 
 from __future__ import annotations
 
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flashcl.backends.tiled import WORKSPACE
-from flashcl.cli.arguments import at_least_one
+from flashcl.cli.arguments import UsageError, at_least_one
 from flashcl.cli.bench.results import Results
 from flashcl.engine.blocks import choose_strategy
 from flashcl.engine.ranks import MESSAGE, Group
 
-# Dense 16-bit matrix rate in FLOP/s and memory in bytes, as the makers publish them. A measured rate is lower: --calibrate.
+# Dense 16-bit matrix rate in FLOP/s and memory in bytes, as the makers publish them. A measured rate is lower:
+# --calibrate.
 GPUS = {
     "a100": (312e12, 80e9),
     "h100": (989e12, 80e9),
@@ -147,14 +148,16 @@ class Plan:
     # ---- what is held, in bytes
 
     def memory(self, strategy: str) -> float:
-        """Both towers, their gradients in float32 and in their dtype, what is on its way, class sums, a workspace, and vectors."""
+        """Both towers, their gradients in float32 and in their dtype, what is on its way, class sums, a workspace, and
+        vectors."""
         sides = 1 if self.symmetric else 2
         towers = sides * self.lines * self.dim * (2 * self.itemsize + STATISTIC)
         in_flight = self.lines if strategy == "ring" else self.ranks * self.chunk_lines()
         on_its_way = 2 * in_flight * self.dim * (self.itemsize + STATISTIC)
         block = 2 * self.lines * self.dim * STATISTIC  # gradients that one call of a backend returns
         vectors = self.lines * self.ranks * (4 + self.classes * 4 * STATISTIC)
-        labels = 2 * self.lines * self.dim * (8 + STATISTIC) if self.loss == "sup_con" else 0  # class sums, in float64 and rounded
+        # class sums, in float64 and rounded
+        labels = 2 * self.lines * self.dim * (8 + STATISTIC) if self.loss == "sup_con" else 0
         return towers + on_its_way + block + labels + vectors + WORKSPACE
 
     def largest_batch(self, strategy: str, memory: float) -> int:
@@ -167,35 +170,40 @@ class Plan:
         return low * self.ranks
 
 
-# ---- the command ---------------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def add_parser(commands) -> None:
-    parser = commands.add_parser("plan", help="what a step over many GPUs would cost: time, bytes, memory, the largest batch")
-    parser.add_argument("--batch", type=count, required=True, metavar="4M", help="pairs of all ranks; K and M are 2^10 and 2^20")
+    about = "what a step over many GPUs would cost: time, bytes, memory, the largest batch"
+    parser = commands.add_parser("plan", help=about)
+    parser.add_argument(
+        "--batch", type=count, required=True, metavar="4M", help="pairs of all ranks; K and M are 2^10 and 2^20"
+    )
     parser.add_argument("--dim", type=at_least_one, required=True, metavar="1024", help="width of the embeddings")
     parser.add_argument("--gpus", type=at_least_one, required=True, metavar="256", help="ranks")
-    parser.add_argument("--gpu", choices=GPUS, default="h200", help="published peak and memory (default: h200)")
-    parser.add_argument("--interconnect", type=rate, required=True, metavar="400Gb", help="bandwidth of a GPU, one way, in Gb/s or GB/s")
+    parser.add_argument("--gpu", choices=GPUS, default="h200", help="published 16-bit peak and memory (default: h200)")
+    bandwidth = "bandwidth of a GPU, one way, in Gb/s or GB/s"
+    parser.add_argument("--interconnect", type=rate, required=True, metavar="400Gb", help=bandwidth)
     parser.add_argument("--loss", choices=LOSSES, default="info_nce")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument(
-        "--calibrate", type=Path, metavar="RESULTS.json", help="take the rate from a result of `flashcl bench` on that GPU"
-    )
+    measured = "take the rate from a result of `flashcl bench` on that GPU"
+    parser.add_argument("--calibrate", type=Path, metavar="RESULTS.json", help=measured)
     parser.set_defaults(run=run)
 
 
 def run(args) -> int:
     if args.batch < args.gpus:
-        print(f"--batch {args.batch} leaves some of {args.gpus} ranks without a pair", file=sys.stderr)
-        return 2
+        raise UsageError(f"--batch {args.batch} leaves some of {args.gpus} ranks without a pair")
+    if args.dtype == "float32" and args.calibrate is None:
+        raise UsageError("--dtype float32 needs --calibrate: the published peaks are those of 16-bit products")
     peak, memory = GPUS[args.gpu]
-    where = f"the published peak of the {args.gpu.upper()}: a lower bound of the time (--calibrate takes a measured rate)"
+    where = f"the published peak of the {args.gpu.upper()}, a lower bound of the time (--calibrate: a measured rate)"
     if args.calibrate is not None:
-        peak, where = measured_rate(args.calibrate, args.loss, args.dim)
+        peak, where = measured_rate(args.calibrate, args.loss, args.dtype, args.dim)
     plan = Plan(args.loss, args.batch, args.dim, args.gpus, itemsize=4 if args.dtype == "float32" else 2)
-    print(f"{args.loss}, batch {args.batch:,} over {args.gpus} ranks, {plan.lines:,} lines each, D = {args.dim}, {args.dtype}")
-    print(f"matrix rate {peak / 1e12:.0f} TFLOP/s: {where}")
+    of_a_rank = f"{plan.lines:,} lines each, D = {args.dim}, {args.dtype}"
+    print(f"{args.loss}, batch {args.batch:,} over {args.gpus} ranks, {of_a_rank}")
+    print(f"matrix rate {peak / 1e12:.4g} TFLOP/s: {where}")
     print(f"interconnect {args.interconnect / 1e9:.1f} GB/s per rank, one way. A model, not a measurement.\n")
     header = f"{'strategy':<10}{'walk':<22}{'compute ms':>12}{'sent MB':>12}{'comm ms':>10}{'exposed ms':>12}"
     print(header)
@@ -207,8 +215,8 @@ def run(args) -> int:
             compute, communication = walk.flops / peak, walk.bytes / args.interconnect
             total += max(compute, communication)
             print(
-                f"{strategy:<10}{walk.name:<22}{1e3 * compute:>12.2f}{walk.bytes / 1e6:>12.1f}{1e3 * communication:>10.2f}"
-                f"{1e3 * max(0.0, communication - compute):>12.2f}"
+                f"{strategy:<10}{walk.name:<22}{1e3 * compute:>12.2f}{walk.bytes / 1e6:>12.1f}"
+                f"{1e3 * communication:>10.2f}{1e3 * max(0.0, communication - compute):>12.2f}"
             )
         held, largest = plan.memory(strategy), plan.largest_batch(strategy, memory)
         print(
@@ -218,15 +226,15 @@ def run(args) -> int:
     return 0
 
 
-def measured_rate(path: Path, loss: str, dim: int) -> tuple[float, str]:
-    """The useful FLOP/s of the fastest flashcl row of a result file for this loss, of the nearest width; and where from."""
+def measured_rate(path: Path, loss: str, dtype: str, dim: int) -> tuple[float, str]:
+    """The useful FLOP/s of the fastest flashcl row of a result file for this loss and dtype, of the nearest width; and
+    where from."""
     found = Results.load(path)
-    rows = [
-        row for row in found.rows
-        if row.loss == loss and row.provider.startswith("flashcl") and row.mode == "full" and row.tflops
-    ]  # fmt: skip
+    asked = loss, dtype, "full"
+    ours = [row for row in found.rows if row.provider.startswith("flashcl") and row.tflops]
+    rows = [row for row in ours if (row.loss, row.dtype, row.mode) == asked]
     if not rows:
-        raise SystemExit(f"{path} has no measured flashcl row for {loss}, forward and backward")
+        raise UsageError(f"{path} has no measured flashcl row for {loss} in {dtype}, forward and backward")
     row = min(rows, key=lambda row: (abs(row.d - dim), -row.tflops))
     device = found.environment.get("device")
     return row.tflops * 1e12, f"measured, {row.provider} at N = {row.n:,}, D = {row.d} on {device}"

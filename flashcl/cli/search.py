@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from flashcl.cli import encoder as model
+from flashcl.cli.arguments import UsageError
 from flashcl.cli.corpus import Pair
 from flashcl.cli.encoder import Bags, Encoder
 
@@ -28,21 +29,18 @@ def save(encoder: Encoder, code: Bags, pairs: list[Pair], path: Path) -> None:
 
 
 @torch.no_grad()
-def search(query: str, path: Path) -> int:
-    """Print the functions whose code is nearest to the query; returns the exit code."""
+def search(query: str, path: Path) -> None:
+    """Print the functions whose code is nearest to the query."""
     saved = torch.load(path, weights_only=True) if path.exists() else {}
     if saved.get("layout") != LAYOUT:
         state = "was written by another version" if saved else "is not there"
-        print(f"{path} {state}: run `flashcl demo` first, which trains the encoder (with the same --out)")
-        return 1
+        raise UsageError(f"{path} {state}: run `flashcl demo` first, which trains the encoder (with the same --out)")
     encoder = Encoder().eval()
     encoder.load_state_dict(saved["encoder"])
     bags = Bags.of([query])
     if not len(bags.ids):
-        print(f"no words in the query {query!r}")
-        return 1
+        raise UsageError(f"no words in the query {query!r}")
     scores = saved["index"] @ encoder.encode_text(bags.weighted(encoder.text_idf))[0]
     for score, row in zip(*scores.topk(min(ANSWERS, len(scores)))):
         name, place, text = saved["functions"][row]
         print(f"{score:.2f}  {name}  {place}\n      {textwrap.shorten(text, 110)}")
-    return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shlex
@@ -18,7 +17,7 @@ import torch
 import flashcl
 from flashcl.cli.bench.providers import WRITTEN_FOR
 from flashcl.cli.bench.suites import Workload
-from flashcl.cli.info import describe
+from flashcl.cli.info import describe, version
 
 CHUNK = {"cuda": 4096, "cpu": 1024}  # rows of S that a chunked backward makes at a time
 WIDEST = {"cuda": 65_536, "cpu": 16_384}  # beyond, products get longer but no faster
@@ -33,11 +32,10 @@ def environment(device: torch.device) -> dict[str, str | float]:
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         torch=torch.__version__,
-        triton=_version("triton"),
         flashcl=flashcl.__version__,
-        **{package: _version(package) for package in WRITTEN_FOR},
+        **{package: version(package, missing="none") for package in ("triton", *WRITTEN_FOR)},
         commit=_commit(),
-        load_before=os.getloadavg()[0],
+        load_before=os.getloadavg()[0] if hasattr(os, "getloadavg") else "none",  # Windows has none
         command=shlex.join(["flashcl", *sys.argv[1:]]),
         date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
@@ -57,13 +55,6 @@ def _first_line(*command: str) -> str:
         return ""
     run = subprocess.run(command, capture_output=True, text=True)
     return run.stdout.splitlines()[0].strip() if run.returncode == 0 and run.stdout else ""
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "none"
 
 
 class Clock:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -112,10 +110,11 @@ def measure(
 def _try(c: Candidate, work: Workload, case: Case, truth: Exact) -> None:
     """One answer of a candidate, judged, and its memory."""
     try:
-        if case.device.type == "cpu":  # first, in a process that may run out of memory in our place
+        on_cpu = case.device.type == "cpu"
+        if on_cpu and memory.measurable(case.device):  # first, in a process that may run out of memory in our place
             c.extra_bytes = _peak_in_fresh_process(work, c.name)
         judge(c, evaluate(c.loss, case), truth, work.dtype)
-        if case.device.type == "cuda" and c.loss:
+        if not on_cpu and c.loss:
             c.extra_bytes = _peak_on_gpu(c.loss, case)
     except Exception as error:
         c.drop(error)
@@ -212,14 +211,8 @@ def _peak_on_gpu(loss: Loss, case: Case) -> int:
 def _peak_in_fresh_process(work: Workload, name: str, limit: int | None = None) -> int:
     """On a CPU: the peak resident set of a process that does nothing else and may take only what is free."""
     job = dict(work=asdict(work), name=name, limit=limit or int(0.9 * memory.available(torch.device("cpu"))))
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        # glibc: every tensor gets pages of its own, given back when it is freed: the resident set is what is alive
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
     command = [sys.executable, "-c", "from flashcl.cli.bench import measure; measure.child()", json.dumps(job)]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    process = subprocess.run(command, env=memory.child_environment(), capture_output=True, text=True)
     last = (process.stdout.splitlines() or [""])[-1]
     if process.returncode == 0 and last.isdigit():
         return int(last)
@@ -230,6 +223,8 @@ def _peak_in_fresh_process(work: Workload, name: str, limit: int | None = None) 
 
 def child() -> None:
     """The measuring process: takes a job as JSON, prints bytes."""
+    import resource  # here, because Windows has none
+
     job = json.loads(sys.argv[1])
     work, device = Workload(**job["work"]), torch.device("cpu")
     case = work.inputs(device)
@@ -312,7 +307,7 @@ def _row(
     row = Row(**asdict(work), mode=mode, provider=c.name, status=c.status, note=c.note)
     row.error, row.oracle = c.error, truth.what if truth and c.error is not None else None
     if c.status == "ok":
-        row.extra_mib = c.extra_bytes / 2**20
+        row.extra_mib = None if c.extra_bytes is None else c.extra_bytes / 2**20
         row.ms, row.ms_20, row.ms_80 = (float(v) for v in np.quantile(times, (0.5, 0.2, 0.8)))
         row.runs = len(times)
         row.tflops = work.flops(mode) / row.ms / 1e9

@@ -9,6 +9,7 @@ import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+from flashcl.cli.arguments import UsageError
 from flashcl.cli.bench.suites import KEY, Workload
 from flashcl.cli.report import size, table
 
@@ -34,7 +35,7 @@ class Row:
     tflops: float | None = None  # useful FLOPs (suites.USEFUL) per second
     matrix_tflops: float | None = None  # of the library's products at the chunk shapes, in the same run
     floor_ms: float | None = None  # useful FLOPs at that rate
-    extra_mib: float | None = None  # peak memory beyond the inputs, of forward and backward
+    extra_mib: float | None = None  # peak memory beyond the inputs, of forward and backward, where it can be measured
     error: float | None = None  # worst relative L2 error of value and gradients
     oracle: str | None = None  # what the error is against
 
@@ -45,6 +46,10 @@ class Row:
     @property
     def key(self) -> tuple:
         return *(getattr(self, name) for name in KEY), self.mode, self.provider
+
+
+class BadFile(UsageError):
+    """A file that is no result of `flashcl bench`."""
 
 
 @dataclass
@@ -58,7 +63,7 @@ class Results:
             data = json.loads(path.read_text())
             return cls(dict(data["environment"]), [Row(**row) for row in data["rows"]])
         except (ValueError, KeyError, TypeError) as error:
-            raise OSError(f"{path} is no result of flashcl bench: {error!r}") from None
+            raise BadFile(f"{path} is no result of flashcl bench: {error!r}") from None
 
     def save(self, path: Path) -> None:
         """JSON, and the same as CSV beside it. Whole files replace whole files: there is always a valid one."""
@@ -108,7 +113,7 @@ def _line(row: Row) -> list[str]:
         f"{row.tflops:.4g}",
         f"{row.tflops / row.matrix_tflops:.0%}",
         f"{row.ms / row.floor_ms:.2f}",
-        size(row.extra_mib * 2**20),
+        "not measured" if row.extra_mib is None else size(row.extra_mib * 2**20),
         f"{row.error:.0e}",
     ]
 
@@ -134,19 +139,16 @@ class Change:
     regression: bool
 
 
-class NotComparable(Exception):
-    pass
-
-
 def compare(new: Results, old: Results) -> list[Change]:
     """What became of each measurement of `old` that `new` repeats. Slower counts where the median grew by more than a
     tenth and the middle parts of the two distributions do not touch."""
     if new.environment["device"] != old.environment["device"]:
-        raise NotComparable(f"measured on {old.environment['device']}, this is {new.environment['device']}")
+        theirs, ours = old.environment["device"], new.environment["device"]
+        raise UsageError(f"no comparison: measured on {theirs}, this is {ours}")
     before = {row.key: row for row in old.rows if row.status != "skipped"}
     pairs = [(before[row.key], row) for row in new.rows if row.key in before]
     if not pairs:
-        raise NotComparable("no measurement is in both")
+        raise UsageError("no comparison: no measurement is in both")
     return [_change(was, now) for was, now in pairs]
 
 
@@ -156,8 +158,9 @@ def _change(was: Row, now: Row) -> Change:
         worse = was.status == "ok" and now.status != "ok"
         return Change(now, f"{name}: {was.status} -> {now.status} {now.note}".rstrip(), worse)
     slower = now.ms > TIME_TOLERANCE * was.ms and now.ms_20 > was.ms_80
-    larger = now.extra_mib > MEMORY_TOLERANCE * was.extra_mib + MEMORY_NOISE_MIB
+    measured = None not in (was.extra_mib, now.extra_mib)
+    larger = measured and now.extra_mib > MEMORY_TOLERANCE * was.extra_mib + MEMORY_NOISE_MIB
     words = " ".join(word for word, holds in (("SLOWER", slower), ("MORE MEMORY", larger)) if holds)
     of_time = f"{was.ms:.4g} -> {now.ms:.4g} ms (x {now.ms / was.ms:.2f})"
-    of_memory = f"{was.extra_mib:.0f} -> {now.extra_mib:.0f} MiB"
+    of_memory = f"{was.extra_mib:.0f} -> {now.extra_mib:.0f} MiB" if measured else "memory not measured"
     return Change(now, f"{name}: {of_time}, {of_memory} {words}".rstrip(), slower or larger)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 
+from flashcl.cli.arguments import UsageError
 from flashcl.contract import Case
 
 LOSSES = ("info_nce", "info_nce one-way", "siglip", "nt_xent", "sup_con")
@@ -34,7 +35,7 @@ class Workload:
 
     def __post_init__(self):
         if self.loss == "nt_xent" and self.n % 2:
-            raise ValueError(f"nt_xent has two rows for each pair: N must be even, got {self.n}")
+            raise UsageError(f"nt_xent has two rows for each pair: N must be even, got {self.n}")
 
     def __str__(self) -> str:
         return f"{self.loss} {self.n:,} x {self.d} {self.dtype}"
