@@ -118,7 +118,8 @@ def scaling(rows: list[Row]) -> Figure:
         d = most_common(rows, loss, "d", "n")
         some = [row for row in rows if (row.loss, row.d) == (loss, d)]
         draw(time, some, "n", lambda row: (row.ms, row.ms_20, row.ms_80))
-        draw(memory, some, "n", lambda row: (row.extra_mib,) * 3)
+        weighed = [row for row in some if row.status != "ok" or row.extra_mib is not None]
+        draw(memory, weighed, "n", lambda row: (row.extra_mib,) * 3)
         title = f"{loss}, D = {d}, {rows[0].dtype}, forward and backward"
         axes(time, title, "N (rows of S)", "ms (median, 20 to 80 %)", some, "n")
         axes(memory, title, "N (rows of S)", "peak extra memory, MiB", some, "n")

@@ -73,6 +73,12 @@ def test_the_newest_measurement_is_drawn(plots):
     assert {row.n: row.error for row in plots.newest([new, old])} == {64: 0.1, 128: 0.5}
 
 
+def test_figures_of_a_machine_that_cannot_measure_memory(plots):
+    figure = plots.scaling([grown(64, extra_mib=None), grown(128, extra_mib=None), grown(256)])
+    time, memory = ([list(line.get_xdata()) for line in panel.lines] for panel in figure.axes[:2])
+    assert time == [[64, 128, 256]] and memory == [[256]]
+
+
 def test_figures_without_measurements_say_so(plots):
     for figure in (plots.scaling(ROWS[1:]), plots.widths(ROWS[1:]), plots.roofline(ROWS[1:], 1.0)):
         for panel in figure.axes:
