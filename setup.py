@@ -172,7 +172,8 @@ def resources_source(report):
     # ptxas says so where it had to serialise wgmma: the kernel is right, and slow.
     lines += [f"{line}\\n" for line in re.findall(r".*Potential Performance Loss.*", report)]
     text = "\n".join(f'    "{line}"' for line in sorted(lines))
-    return f"namespace flashcl {{\nextern const char* const resources;\nconst char* const resources =\n{text or chr(34) * 2};\n}}\n"
+    declared = "extern const char* const resources;\nconst char* const resources =\n"
+    return f"namespace flashcl {{\n{declared}{text or chr(34) * 2};\n}}\n"
 
 
 def nvcc_flags(ext):

@@ -92,7 +92,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backend = "triton" if options.stub else options.backend
     inputs = leaves(device, sixteen_bits=options.stub or device == "cuda")
-    print(f"host time of a step, ms: median, 20 % quantile ({backend} on {device}, torch {torch.__version__}, triton {triton.__version__})")
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    print(f"host time of a step, ms: median, 20 % quantile ({backend} on {device}, {versions})")
     for name, loss in LOSSES.items():
         loss = functools.partial(torch.compile(loss) if options.compile else loss, backend=backend)
         median, low = milliseconds(loss, inputs, options.repeats)

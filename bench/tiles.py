@@ -27,7 +27,7 @@ from flashcl.cli.bench.machine import Clock, Products, environment
 from flashcl.cli.bench.suites import Workload
 from flashcl.cli.info import default_device
 from flashcl.engine.problem import LogSumExp, Needs, Problem, Sigmoid, Softmax
-from flashcl.triton_kernels.config import Tile, row
+from flashcl.triton_kernels.config import row
 
 TOLERANCE = 1e-2  # relative L2 error against the tile of the table: other orders of summation, G in 16 bits
 CANDIDATES = {  # beside the tile of the table

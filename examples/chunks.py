@@ -3,8 +3,9 @@
     python examples/chunks.py
 
 Forward, a chunk leaves its inputs and embeddings alone; backward, it is encoded again, with the same dropout, just before
-its gradient passes through. So encoders take a third more time, memory no longer grows with the batch but by inputs and embeddings,
-and gradients are those of the whole batch (GradCache: Gao et al. 2021). BatchNorm would see chunks, not the batch.
+its gradient passes through. So the encoders compute once more forward, memory grows with the batch only by inputs and
+embeddings, and gradients are those of the whole batch (as with GradCache: Gao et al. 2021). BatchNorm would see chunks, not
+the batch.
 """
 
 import torch

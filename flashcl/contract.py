@@ -86,7 +86,7 @@ def _large(ids, d, generator):
 
 
 def _collapsed(ids, d, generator):
-    """Alike to a few percent. Of rows that are the same bit by bit the dense formula cancels every rounding, and shows no error."""
+    """Alike to a few percent. Of rows equal bit by bit the dense formula cancels every rounding, and shows no error."""
     return F.normalize(_centers(torch.zeros_like(ids), d) + 0.03 * _normal(ids, d, generator), dim=1)
 
 

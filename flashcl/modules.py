@@ -1,7 +1,8 @@
 """The losses as modules that own their temperature (and bias), with the published initialisations.
 
-Each holds the logarithm of its scale, log(1 / temperature), as `log_logit_scale`, (): a parameter if it is learnable, a buffer if not.
-They return what their functions do: float32 (float64 for float64 embeddings), nats, () or with reduction="none" one for each row.
+Each holds the logarithm of its scale, log(1 / temperature), as `log_logit_scale`, (): a parameter if it is learnable, a
+buffer if not. They return what their functions do: float32 (float64 for float64 embeddings), nats, () or with
+reduction="none" one for each row.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LONGEST = 600
+LONGEST, WIDEST = 600, 130  # lines of a file, characters of a line (pyproject.toml says so, too)
 
 # Who may import what of flashcl, by longest matching prefix; `checks` is the common gate of all public functions.
 MAY_IMPORT = {
@@ -156,6 +156,12 @@ def test_no_file_is_too_long():
     files = [*dict(library()).values(), *sources()]
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     assert {name: length for name, length in lengths.items() if length > LONGEST} == {}
+
+
+def test_no_line_is_too_wide():
+    files = [*dict(library()).values(), *sources(), *ROOT.glob("bench/*.py"), *ROOT.glob("examples/*.py")]
+    lines = [(str(path.relative_to(ROOT)), line) for path in files for line in path.read_text().splitlines()]
+    assert [(name, line) for name, line in lines if len(line) > WIDEST] == []
 
 
 # ---- what importing does

@@ -96,7 +96,9 @@ def top_of_some(top, total):
 
 
 @triton.jit
-def sums_of_two_classes(s, positive, row_at, row_plane, col_at, col_plane, col_mask, whole, COLS: tl.constexpr, SMALLEST: tl.constexpr):
+def sums_of_two_classes(
+    s, positive, row_at, row_plane, col_at, col_plane, col_mask, whole, COLS: tl.constexpr, SMALLEST: tl.constexpr
+):
     """The same of the negatives and of the positives, with one top for both."""
     top = tl.max(s)
     e = exp(s - or_zero(top))

@@ -1,5 +1,5 @@
-"""What backends share, those with kernels most of it: how S is cut into blocks, how vectors are laid out for whole tiles, and what becomes
-of the numbers that the kernels leave for every tile."""
+"""What backends share, those with kernels most of it: how S is cut into blocks, how vectors are laid out for whole tiles, and
+what becomes of the numbers that the kernels leave for every tile."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def sweep(p: Problem, need_cols: bool, cells: float, tile: int, launch: Callable
 
     launch(i, j, diagonal, need_cols) sweeps a block and returns what that left of every tile, along the rows i and along the
     columns j (None where not needed): `sums` (K, 2, tiles, n) and `deviation` (tiles, n), n rounded up to whole tiles.
-    fold(sums, out, first=, last=) adds them to `out` (K, 2, n), whose first block is the first, and whose last makes it a LogSumExp.
+    fold(sums, out, first=, last=) adds them to `out` (K, 2, n): the first block begins it, the last makes it a LogSumExp.
     """
     row = _Totals.of(p, len(p.x), p.center)
     col = row if p.triangular else _Totals.of(p, len(p.y), p.col_center) if need_cols else None

@@ -29,7 +29,8 @@ _CPU_TILE, _GPU_TILE = (1024, 512), (4096, 4096)
 # N <= 4096, so that small problems do the 6 N M D of the dense formula. On a GPU the recomputation is cheap.
 _KEPT_BYTES = 64 * 2**20
 
-# Equal ids are listed as pairs up to this share of a tile, and are a mask beyond it: lists cost by their length, masks by the tile.
+# Equal ids are listed as pairs up to this share of a tile, beyond it they are a mask: a list costs by its length, a mask by
+# the tile.
 _MANY_PAIRS = 1 / 8
 
 # The lines of a tile may share one exp per logit, exp(s - top), where no sum is below this: e^-16. s - top is rounded by half a
@@ -222,7 +223,7 @@ def _deviation(s: Tensor, center: Tensor, positive: _Pairs, free: Tensor, axis: 
 
 
 def _line_sums(v: Tensor, line: Tensor, n: int) -> Tensor:
-    """The sums of all v (P,) of one line, (n,) float64: in that dtype a CPU adds them one after the other, in float32 in any order."""
+    """The sums of the v (P,) of each line, (n,) float64: in that dtype a CPU adds them in order, in float32 in any."""
     return torch.zeros(n, dtype=torch.float64, device=v.device).index_put_((line,), v.double(), accumulate=True)
 
 

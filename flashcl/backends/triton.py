@@ -161,7 +161,8 @@ def grad(
             shape = tiled.whole(block.N, tile.BN), tiled.whole(block.M, tile.BM)
             buffer = torch.empty(math.prod(shape), dtype=x.dtype, device=x.device) if buffer is None else buffer
             padded = buffer[: math.prod(shape)].view(shape)
-        scaled = torch.empty(grad_kernels.grid(block, tile, diagonal), dtype=torch.float32, device=x.device) if needs.scale else None
+        tiles = grad_kernels.grid(block, tile, diagonal)
+        scaled = torch.empty(tiles, dtype=torch.float32, device=x.device) if needs.scale else None
         about = c.about if needs.scale and isinstance(c, Softmax) else None
         sums = _sums_of_tiles(total, block, tile, scaled, about)
         grad_kernels.grad(x, y, block, _side(row, i), _side(col, j), padded, lift, sums, program, diagonal, tile)

@@ -17,6 +17,7 @@ left out.
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -243,7 +244,7 @@ def measured_rate(path: Path, loss: str, dtype: str, dim: int) -> tuple[float, s
 def count(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text)
     if not match:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"expected a number like 4096, 64k or 4M, got {text!r}")
     return int(float(match[1]) * {"": 1, "k": 2**10, "m": 2**20}[match[2].lower()])
 
 
@@ -251,5 +252,5 @@ def rate(text: str) -> float:
     """Bytes per second of "400Gb" (bits) or "50GB" (bytes), each per second."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)(Gb|GB)(?:/s)?", text)
     if not match or not float(match[1]):
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"expected bits or bytes per second like 400Gb or 50GB, got {text!r}")
     return float(match[1]) * 1e9 / (8 if match[2] == "Gb" else 1)

@@ -219,7 +219,8 @@ class Gather(_Exchange):
 
 def exchange(ranks: Ranks, y: Tensor, lines: list[int], share: Share, home: Tensor | None = None) -> Ring | Gather:
     """The strategy of the group, or of "auto"."""
-    kind = {"gather": Gather, "ring": Ring}[choose_strategy(ranks.strategy, sum(lines), y.shape[1] * y.itemsize, ranks.chunk_bytes)]
+    strategy = choose_strategy(ranks.strategy, sum(lines), y.shape[1] * y.itemsize, ranks.chunk_bytes)
+    kind = {"gather": Gather, "ring": Ring}[strategy]
     return kind(ranks, y.contiguous(), lines, share, home)
 
 

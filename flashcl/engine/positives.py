@@ -3,10 +3,12 @@
 Both kinds answer the same two questions, with t_i the mean of the positives of row i:
 
     products    <x_i, t_i>, (N,) float64
-    finish      dx_i = scale (dx_i + w_i t_i),  dy_j = scale (dy_j + sum over the rows i of which j is a positive of w_i x_i / |P(i)|)
+    finish      dx_i = scale (dx_i + w_i t_i)
+                dy_j = scale (dy_j + sum of w_i x_i / |P(i)| over the rows i of which j is a positive)
 
 Added in the wide accumulators before the gradient is rounded, a positive cancels exactly what it must cancel. Of a
-triangular problem dx receives both. What runs over rows in chunks is a registered operator, so that torch.compile sees one node whatever N.
+triangular problem dx receives both. What runs over rows in chunks is a registered operator: one node to torch.compile,
+whatever N.
 """
 
 from __future__ import annotations

@@ -110,7 +110,8 @@ class Ranks:
         for rank, (facts, _) in enumerate(said):
             if differ := [key for key in first | facts if first.get(key) != facts.get(key)]:
                 there, here = (", ".join(f"{key} {known.get(key)!r}" for key in differ) for known in (facts, first))
-                raise RuntimeError(f"flashcl: the ranks of a group must agree ({self.what}). Rank {rank} has {there}; rank 0 has {here}")
+                difference = f"Rank {rank} has {there}; rank 0 has {here}"
+                raise RuntimeError(f"flashcl: the ranks of a group must agree ({self.what}). {difference}")
         self.counts = [tuple(counts) for _, counts in said]
 
     def _say(self, same: dict, counts: tuple[int, ...]) -> list:

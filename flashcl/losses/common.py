@@ -47,7 +47,7 @@ def prepare(normalize: bool, group: Group | None, *embeddings: Tensor) -> list[T
 
 
 def parameter(value: Tensor, group: Group | None) -> Tensor:
-    """logit_scale or logit_bias as the engine takes it: under "global_scaled" its gradient is multiplied by the number of ranks."""
+    """logit_scale or logit_bias as the engine takes it: under "global_scaled" its gradient is times the number of ranks."""
     if group is not None and group.convention == "global_scaled":
         return _ScaleGradient.apply(value, group.process_group.size())
     return value

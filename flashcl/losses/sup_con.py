@@ -52,7 +52,8 @@ def sup_con(
     scale = parameter(checks.inverse_temperature(temperature, z), group)
     (z,) = prepare(normalize, group, z)
 
-    labels = labels.to(torch.int64, memory_format=torch.contiguous_format, copy=True)  # the caller may write to them before the backward
+    # A copy: the caller may write to them before the backward.
+    labels = labels.to(torch.int64, memory_format=torch.contiguous_format, copy=True)
     row = torch.arange(len(z), dtype=torch.int32, device=z.device)
     vectors = (row, labels)
     pairs = Pairs("by_label", vectors, vectors, labels=labels, group=Group.name(group))
