@@ -373,8 +373,9 @@ NB_MODULE(_C, m) {
         "col_deviation"_a.noconvert() = none, "stream"_a = 0, "Statistics of the rows and columns of every tile.");
   m.def("grad", &grad, "block"_a, "row_weight"_a.noconvert(), "row_lse"_a.noconvert(),
         "row_offset"_a.noconvert() = none, "col_weight"_a.noconvert() = none, "col_lse"_a.noconvert() = none,
-        "col_offset"_a.noconvert() = none, "g"_a.noconvert() = none, "lift"_a.noconvert() = none, "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none,
-        "scaled"_a.noconvert() = none, "about"_a.noconvert() = none, "stream"_a = 0, "G of a block and sums of it.");
+        "col_offset"_a.noconvert() = none, "g"_a.noconvert() = none, "lift"_a.noconvert() = none,
+        "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none, "scaled"_a.noconvert() = none,
+        "about"_a.noconvert() = none, "stream"_a = 0, "G of a block and sums of it.");
   m.def("sigmoid", &sigmoid, "block"_a, "weight"_a.noconvert(), "softplus"_a.noconvert(), "g"_a.noconvert() = none,
         "lift"_a.noconvert() = none, "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none,
         "scaled"_a.noconvert() = none, "stream"_a = 0, "Sums of softplus, G of a block and sums of it.");
