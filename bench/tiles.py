@@ -18,6 +18,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from flashcl.triton_kernels.config import entry
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -27,7 +28,6 @@ from flashcl.cli.bench.machine import Clock, Products, environment
 from flashcl.cli.bench.suites import Workload
 from flashcl.cli.info import default_device
 from flashcl.engine.problem import LogSumExp, Needs, Problem, Sigmoid, Softmax
-from flashcl.triton_kernels.config import row
 
 TOLERANCE = 1e-2  # relative L2 error against the tile of the table: other orders of summation, G in 16 bits
 CANDIDATES = {  # beside the tile of the table
@@ -41,7 +41,7 @@ Call = Callable[[backend.Plan], list[Tensor]]
 
 
 def calls(kernel: str, n: int, d: int, dtype: torch.dtype, device: torch.device) -> Call:
-    """What a loss would ask of this row of the table: InfoNCE of sweep, grad; SupCon of sweep2, grad2; SigLIP of sigmoid."""
+    """What a loss would ask of this entry of the table: InfoNCE of sweep, grad; SupCon of sweep2, grad2; SigLIP of sigmoid."""
     torch.manual_seed(0)
     x, y = (torch.nn.functional.normalize(torch.randn(n, d, device=device), dim=1).to(dtype) for _ in range(2))
     ids, scale = torch.arange(n, dtype=torch.int32, device=device), torch.full((1,), 14.0, device=device)
@@ -102,11 +102,11 @@ def compiled(call: Callable[[], object]) -> str:
 def measure(kernel: str, n: int, d: int, dtype: torch.dtype, tiles: list[str], repeats: int, device: torch.device) -> list[dict]:
     """A row for the tile of the table and for each of `tiles`."""
     call, clock = calls(kernel, n, d, dtype, device), Clock(device)
-    entry = row(backend._arch(device), kernel, dtype)
-    plans = {"table": backend.Plan(entry.tile, entry.square)}
+    of_table = entry(backend._arch(device), kernel, dtype)
+    plans = {"table": backend.Plan(of_table.tile, of_table.square)}
     for text in tiles:
-        tile = dataclasses.replace(entry.tile, **dict(zip(("BN", "BM", "BK", "warps", "stages"), map(int, text.split(",")))))
-        plans[text] = backend.Plan(tile, tile if tile.BN == tile.BM else entry.square)
+        tile = dataclasses.replace(of_table.tile, **dict(zip(("BN", "BM", "BK", "warps", "stages"), map(int, text.split(",")))))
+        plans[text] = backend.Plan(tile, tile if tile.BN == tile.BM else of_table.square)
     right, rows = call(plans["table"]), []
     for name, plan in plans.items():
         out = dict(kernel=kernel, n=n, d=d, tile=name)

@@ -29,7 +29,7 @@ from flashcl.cli.plan import LOSSES as LOSSES_OF_PLAN
 from flashcl.cli.plan import Plan
 from flashcl.contract import LOSSES, case, evaluate, violations
 from flashcl.engine import dispatch
-from flashcl.engine.blocks import exchange
+from flashcl.engine.exchange import exchange
 from flashcl.engine.ranks import CONVENTIONS, Ranks
 
 WORLDS = (1, 2, 3, 4)

@@ -13,7 +13,10 @@ from torch import Tensor
 from flashcl.backends import tiled
 from flashcl.backends.gemm import addmm_
 from flashcl.engine.problem import Grads, Needs, Problem, Sigmoid, Softmax, Statistics
-from flashcl.triton_kernels import config, grad as grad_kernels, rows as row_kernels, sweep as sweep_kernels
+from flashcl.triton_kernels import config
+from flashcl.triton_kernels import grad as grad_kernels
+from flashcl.triton_kernels import rows as row_kernels
+from flashcl.triton_kernels import sweep as sweep_kernels
 from flashcl.triton_kernels.grad import Side, Sums
 from flashcl.triton_kernels.programs import PROGRAMS
 from flashcl.triton_kernels.sweep import Lines
@@ -54,8 +57,8 @@ class Plan:
 
     @classmethod
     def of(cls, p: Problem, kernel: str) -> Plan:
-        row = config.row(_arch(p.x.device), kernel, p.x.dtype)
-        return cls(row.tile, row.square)
+        entry = config.entry(_arch(p.x.device), kernel, p.x.dtype)
+        return cls(entry.tile, entry.square)
 
     def step(self) -> int:
         """Blocks begin at multiples of this."""
@@ -81,7 +84,7 @@ def kept_elements(p: Problem) -> int:
 
 
 def sweep(p: Problem, *, need_cols: bool, keep: bool = False, plan: Plan | None = None) -> Statistics:
-    plan = plan or Plan.of(p, _sweep_row(p))
+    plan = plan or Plan.of(p, _sweep_entry(p))
     p, program = _loadable(p), PROGRAMS[p.program]
     col_center = p.center if p.triangular else p.col_center
 
@@ -98,8 +101,8 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool = False, plan: Plan | None 
     return tiled.sweep(p, need_cols, cells, plan.step(), launch, sweep_kernels.fold)
 
 
-def _sweep_row(p: Problem) -> str:
-    """The row of the tile table for statistics."""
+def _sweep_entry(p: Problem) -> str:
+    """The entry of the tile table for statistics."""
     if p.triangular and p.classes == 2 and len(p.x) % 16:
         return "grad2"  # the smaller tiles: such sizes take some registers more
     return "sweep2" if _many_vectors(p) else "sweep"
@@ -143,7 +146,7 @@ def grad(
     kept: Tensor | None = None,
     plan: Plan | None = None,
 ) -> Grads:
-    plan = plan or Plan.of(p, _grad_row(p, c, needs.scale))
+    plan = plan or Plan.of(p, _grad_entry(p, c, needs.scale))
     row, col = tiled.sides(p, c, config.LARGEST)
     lift = tiled.lift_of_sides(row, col, p.x.dtype)
     total, D = Grads.zeros(p, c, needs), p.x.shape[1]
@@ -185,8 +188,8 @@ def grad(
     return total
 
 
-def _grad_row(p: Problem, c: Softmax | Sigmoid, need_scale: bool) -> str:
-    """The row of the tile table for a gradient."""
+def _grad_entry(p: Problem, c: Softmax | Sigmoid, need_scale: bool) -> str:
+    """The entry of the tile table for a gradient."""
     if isinstance(c, Sigmoid):
         return "sigmoid"
     # The products stay in registers for the gradient of the scale, and sizes that are not multiples of 16 take more of them.

@@ -11,7 +11,6 @@ import torch
 import flashcl
 from flashcl.engine import dispatch
 
-
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from flashcl.backends.tiled import WORKSPACE
 from flashcl.cli.arguments import UsageError, at_least_one
 from flashcl.cli.bench.results import Results
-from flashcl.engine.blocks import choose_strategy
+from flashcl.engine.exchange import choose_strategy
 from flashcl.engine.ranks import MESSAGE, Group
 
 # Dense 16-bit matrix rate in FLOP/s and memory in bytes, as the makers publish them. A measured rate is lower:

@@ -39,7 +39,7 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Masses:
+class LogMasses:
     """What log_sum_exp returns, each differentiable and float64: differences of large logits keep their digits.
 
     A loss is their arithmetic, rounded to the dtype of its result at the end.
@@ -62,10 +62,10 @@ def log_sum_exp(
     *,
     need_cols: bool,
     backend: str,
-) -> Masses:
+) -> LogMasses:
     y, col_bias = _another(y, x), _another(col_bias, row_bias)
     tensors = x, y, *_statistic_dtype(x, logit_scale, row_bias, col_bias)
-    return Masses(*_LogSumExp.apply(*tensors, pairs, need_cols, _backward_follows(*tensors), backend))
+    return LogMasses(*_LogSumExp.apply(*tensors, pairs, need_cols, _backward_follows(*tensors), backend))
 
 
 def softplus_sum(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from flashcl import checks
-from flashcl.engine.blocks import choose_strategy
+from flashcl.engine.exchange import choose_strategy
 from flashcl.engine.problem import Backend
 from flashcl.engine.ranks import Group
 

@@ -18,8 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashcl.engine import blocks
-from flashcl.engine.blocks import Block
+from flashcl.engine.exchange import Block, Share, everything, exchange, half
 from flashcl.engine.problem import Backend, Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
 from flashcl.engine.ranks import Ranks
 
@@ -59,8 +58,8 @@ class _World:
         cols = tuple(map(of_all, p.cols))
         return _World(ranks, p, sizes, lines, cols, of_all(p.col_bias), of_all(p.center))
 
-    def share(self) -> blocks.Share:
-        return blocks.half(self.sizes) if self.p.triangular else blocks.everything(self.sizes, self.lines)
+    def share(self) -> Share:
+        return half(self.sizes) if self.p.triangular else everything(self.sizes, self.lines)
 
     def at(self, block: Block) -> list[slice]:
         """Where the pieces of a block lie among the columns of the world."""
@@ -120,8 +119,7 @@ def sweep(backend: Backend, p: Problem, group: str, *, need_cols: bool, keep: bo
     row, col = (LogSumExp.of_no_pair(p, n) for n in (len(p.x), sum(world.lines)))
     deviation, col_deviation = (None if p.center is None else torch.zeros(n, dtype=torch.float64, device=p.x.device)
                                 for n in (len(p.x), sum(world.lines)))  # fmt: skip
-    exchange = blocks.exchange(world.ranks, p.y, world.lines, world.share())
-    for block in exchange.walk():
+    for block in exchange(world.ranks, p.y, world.lines, world.share()).walk():
         if not len(block.y) or block.rows.start == block.rows.stop:
             continue
         s, at = backend.sweep(world.problem(block), need_cols=need_cols, keep=False), world.at(block)
@@ -173,7 +171,7 @@ def _sum_over_ranks(world: _World, own: Tensor | None, others: Tensor | None) ->
 def sweep_softplus(backend: Backend, p: Problem, group: str, *, keep: bool) -> Tensor:
     world = _World.meet("the sums of a loss", p, group, **{"any gradient wanted": keep})
     total = torch.zeros(len(p.x), dtype=p.stat_dtype, device=p.x.device)
-    for block in blocks.exchange(world.ranks, p.y, world.lines, world.share()).walk():
+    for block in exchange(world.ranks, p.y, world.lines, world.share()).walk():
         if len(block.y) and len(p.x):
             total += backend.sweep_softplus(world.problem(block))
     return total
@@ -199,8 +197,8 @@ def grad(
     columns_have_losses = p.triangular or (isinstance(c, Softmax) and c.col_weight is not None)
     if world.ranks.partial and not columns_have_losses:
         home = None  # the losses of other ranks' rows give this rank's columns no gradient
-    exchange = blocks.exchange(world.ranks, p.y, world.lines, world.share(), home)
-    for block in exchange.walk():
+    others = exchange(world.ranks, p.y, world.lines, world.share(), home)
+    for block in others.walk():
         if not len(block.y) or block.rows.start == block.rows.stop:
             continue
         own, problem, at = world.own(block), world.problem(block), world.at(block)
@@ -210,7 +208,7 @@ def grad(
             if g.dx is not None:
                 dx[block.rows] += g.dx
             if g.dy is not None:
-                exchange.give_back(block, g.dy) if not own else dy.add_(g.dy)
+                dy.add_(g.dy) if own else others.give_back(block, g.dy)
             if needs.row_bias:
                 total.g_rows[block.rows] += g.g_rows
             if needs.col_bias:
@@ -287,7 +285,7 @@ def label_blocks(x: Tensor, labels: Tensor, weights: Tensor, group: str) -> Iter
     sizes = [n for (n,) in ranks.counts]
     labels, weights = ranks.all_lines(labels, sizes), ranks.all_lines(weights, sizes)
     starts = [0, *accumulate(sizes)]
-    for block in blocks.exchange(ranks, x, sizes, lambda r, q: (slice(0, 1), slice(0, sizes[q]))).walk():
+    for block in exchange(ranks, x, sizes, lambda r, q: (slice(0, 1), slice(0, sizes[q]))).walk():
         at = [slice(starts[q] + i.start, starts[q] + i.stop) for q, i in block.pieces]
         of_block = _take(weights, at)
         if ranks.partial and block.pieces[0].rank != ranks.rank:

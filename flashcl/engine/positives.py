@@ -123,7 +123,8 @@ def _label_sums(x: Tensor, labels: Tensor, ordered: Tensor, slot: Tensor, weight
     for y, of_y, w in distributed.label_blocks(x, labels, weights, group):
         if len(labels):  # if not, the other ranks still need the rows of this one: walk on
             to = torch.searchsorted(ordered, of_y).clamp(max=len(labels) - 1)
-            _add_by_slot_(sums, y, to, torch.where(ordered[to] == of_y, w, 0.0))  # 0 for labels that do not occur here
+            # Rows whose label does not occur here count as 0, whatever they hold: a weight of 0 would make NaN of infinity.
+            _add_by_slot_(sums, y.masked_fill((ordered[to] != of_y)[:, None], 0.0), to, w)
     return sums.to(weights.dtype)
 
 
