@@ -178,7 +178,7 @@ def test_labels():
 
 
 def test_labels_may_be_bools():
-    z, labels = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([True, False, True, False, False])
+    z, labels = torch.randn(5, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 0, 1, 0, 0]).bool()
     assert torch.equal(sup_con(z, labels), sup_con(z, labels.long()))
 
 

@@ -47,7 +47,9 @@ def test_nt_xent_and_sup_con_compute_the_functions(views):
 
 FUNCTION_OF = {
     flashcl.InfoNCELoss: lambda m, x, y, **o: flashcl.info_nce(x, y, logit_scale=m.logit_scale, **o),
-    flashcl.SigLIPLoss: lambda m, x, y, **o: flashcl.siglip(x, y, logit_scale=m.logit_scale, logit_bias=m.logit_bias, **o),
+    flashcl.SigLIPLoss: lambda m, x, y, **o: flashcl.siglip(
+        x, y, logit_scale=m.logit_scale, logit_bias=m.logit_bias, **o
+    ),
     flashcl.NTXentLoss: lambda m, x, y, **o: flashcl.nt_xent(x, y, temperature=1 / m.logit_scale, **o),
     flashcl.SupConLoss: lambda m, z, c, **o: flashcl.sup_con(z, c, temperature=1 / m.logit_scale, **o),
 }

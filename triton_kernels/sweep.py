@@ -223,11 +223,12 @@ def fold_kernel(
     k = tl.program_id(1).to(tl.int64)
     out += 2 * k * out_plane + i
     sums += 2 * k * T * stride + i[None, :]
+    # total is float64: each tile may add less than float32 rounds off.
     if FIRST:
-        top, total = tl.full((BC,), float("-inf"), tl.float32), tl.zeros((BC,), tl.float32)
+        top, total = tl.full((BC,), float("-inf"), tl.float32), tl.zeros((BC,), tl.float64)
     else:
         top = tl.load(out, mask=i < n, other=float("-inf"))  # (BC,)
-        total = tl.load(out + out_plane, mask=i < n, other=0.0)
+        total = tl.load(out + out_plane, mask=i < n, other=0.0).to(tl.float64)
     for t in range(0, T, BT):
         j = t + tl.arange(0, BT)
         mask = (j < T)[:, None] & (i < n)[None, :]
@@ -236,8 +237,9 @@ def fold_kernel(
         totals = tl.load(at + T * stride, mask=mask, other=0.0)
         highest = tl.maximum(top, tl.max(tops, 0))
         shift = or_zero(highest)
-        total = total * exp(top - shift) + tl.sum(totals * exp(tops - shift[None, :]), 0)
+        total = total * exp(top - shift) + tl.sum((totals * exp(tops - shift[None, :])).to(tl.float64), 0)
         top = highest
+    total = total.to(tl.float32)
     if LAST:
         top, total = log_sum_exp(top, total)
     tl.store(out, top, mask=i < n)

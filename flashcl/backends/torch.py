@@ -275,7 +275,7 @@ def _tile_sums(s: Tensor, free: Tensor, *, need_cols: bool) -> tuple[tuple, tupl
         e = torch.sub(s, top, out=free).exp_()  # (BN, BM)
         row, col = e.sum(1), e.sum(0) if need_cols else None
         smallest = row.min() if col is None else min(row.min(), col.min())
-        if top.isfinite() and smallest > _SAFE_SUM:
+        if smallest > _SAFE_SUM:  # NaN where the top is infinite
             return (top.expand_as(row), row), None if col is None else (top.expand_as(col), col)
     return _own_top_sums(s, free, 1), _own_top_sums(s, free, 0) if need_cols else None
 
@@ -350,6 +350,7 @@ def grad(
 
     total = Grads.zeros(p, c, needs)
     dx, dy = total.dx, total.dy
+    row_sum = None if total.row_sum is None else total.row_sum.double()  # each tile may add less than float32 rounds off
     about = None
     if isinstance(c, Softmax):
         about = c.about
@@ -359,7 +360,7 @@ def grad(
     for i, x in tiles.rows():
         for j, y, s, classes, product, free in tiles.along(i, x):
             if isinstance(c, Sigmoid):
-                total.row_sum[i] += softplus(s).sum(1) * c.row_weight[i]
+                row_sum[i] += softplus(s).sum(1) * c.row_weight[i]
                 g = s.sigmoid_().mul_(c.row_weight[i, None])  # (BN, BM)
             else:
                 col = None if cols is None or (p.triangular and j.start == i.start) else cols.at(j)
@@ -385,6 +386,8 @@ def grad(
                 addmm_(dx[j], g.T, x)
 
     tiled.unlift_(lift, dx, dy)
+    if row_sum is not None:
+        total.row_sum.copy_(row_sum)
     return total
 
 
