@@ -62,9 +62,10 @@ _SM90_16 = {
     "sigmoid": _entry(128, 128, 64, 8, 4, tma=True),  # 4 warps spill
 }
 _SM100_16 = {  # the accumulator lies in tensor memory; a thread reads half a row of it, 64 columns of 128
-    "sweep": _entry(128, 128, 64, 8, 4, tma=True),
+    "sweep": _entry(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),  # 128 x 128 spills for some sizes
     "sweep2": _entry(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),
-    "grad": _entry(128, 64, 64, 8, 4, square=(64, 64, 64, 4, 4), tma=True),  # 128 x 128 spills for some sizes
+    # 128 x 128 spills for some sizes, and 4 warps on the diagonal
+    "grad": _entry(128, 64, 64, 8, 4, square=(64, 64, 64, 8, 4), tma=True),
     "grad2": _entry(64, 64, 64, 8, 4, tma=True),  # 128 x 64, and 4 warps, spill
     "sigmoid": _entry(128, 128, 64, 8, 4, tma=True),
 }
