@@ -18,7 +18,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from flashcl.triton_kernels.config import entry
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
@@ -28,6 +27,7 @@ from flashcl.cli.bench.machine import Clock, Products, environment
 from flashcl.cli.bench.suites import Workload
 from flashcl.cli.info import default_device
 from flashcl.engine.problem import LogSumExp, Needs, Problem, Sigmoid, Softmax
+from flashcl.triton_kernels.config import entry
 
 TOLERANCE = 1e-2  # relative L2 error against the tile of the table: other orders of summation, G in 16 bits
 CANDIDATES = {  # beside the tile of the table

@@ -13,10 +13,7 @@ from torch import Tensor
 from flashcl.backends import tiled
 from flashcl.backends.gemm import addmm_
 from flashcl.engine.problem import Grads, Needs, Problem, Sigmoid, Softmax, Statistics
-from flashcl.triton_kernels import config
-from flashcl.triton_kernels import grad as grad_kernels
-from flashcl.triton_kernels import rows as row_kernels
-from flashcl.triton_kernels import sweep as sweep_kernels
+from flashcl.triton_kernels import config, grad as grad_kernels, rows as row_kernels, sweep as sweep_kernels
 from flashcl.triton_kernels.grad import Side, Sums
 from flashcl.triton_kernels.programs import PROGRAMS
 from flashcl.triton_kernels.sweep import Lines

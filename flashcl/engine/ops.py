@@ -3,9 +3,9 @@
     flashcl::sweep, flashcl::sweep_softplus    statistics of a block of logits
     flashcl::grad                              its gradients, given the coefficients of G
     flashcl::partner_products, flashcl::finish what is O(N D) about a positive that each row has, forward and backward
-    flashcl::sum_over_ranks                    a few numbers of all ranks
 
-With a group (ranks.py) the block is this rank's share of the world's; without one, group is "".
+With a group (ranks.py) the block is this rank's share of the world's, and no graph is being made (losses/common.py); without
+one, group is "".
 
 Operators know tensors, numbers and strings; the dataclasses of problem.py are taken apart and put together here.
 A triangular problem goes without y. An absent output is a tensor without elements.
@@ -102,23 +102,14 @@ def finish(
 
 def sum_over_ranks(v: Tensor, group: str) -> Tensor:
     """v, a few numbers, summed over the ranks of the group; v itself without a group."""
-    return _sum_over_ranks(v, group) if group else v
-
-
-@operator("sum_over_ranks", fake=lambda v, group: torch.empty_like(v))
-def _sum_over_ranks(v: Tensor, group: str) -> Tensor:
-    return distributed.sum_over_ranks(v, group)
+    return distributed.sum_over_ranks(v, group) if group else v
 
 
 def same_on_all_ranks(v: Tensor, what: str, group: str) -> Tensor:
     """v () if every rank of the group has the same; a RuntimeError on every rank otherwise."""
-    return _same_on_all_ranks(v, what, group) if group else v
-
-
-@operator("same_on_all_ranks", fake=lambda v, what, group: torch.empty_like(v))
-def _same_on_all_ranks(v: Tensor, what: str, group: str) -> Tensor:
-    distributed.agree_on(v, what, group)
-    return v.clone()
+    if group:
+        distributed.agree_on(v, what, group)
+    return v
 
 
 @operator("partner_products", fake=lambda x, y, shift, backend: x.new_empty(x.shape[0], dtype=torch.float64))

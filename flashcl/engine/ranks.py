@@ -71,7 +71,7 @@ class Group:
         """The argument `group` of a loss; reduction None: of a function that has none."""
         if group is None:
             return None
-        if not isinstance(group, (Group, dist.ProcessGroup)) and not torch.compiler.is_compiling():
+        if not isinstance(group, (Group, dist.ProcessGroup)):
             raise TypeError(f"group must be a torch.distributed ProcessGroup or a flashcl.Group, got {type(group).__name__}")
         group = group if isinstance(group, Group) else Group(group)
         if group.convention.startswith("global") and reduction != "mean":
