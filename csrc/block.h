@@ -34,7 +34,7 @@ struct Block {
 // The statistics that a sweep leaves of every line (row or column) in every tile that it passes through. Padded to
 // whole tiles: what lies past the edges is stored, and looked at by nobody.
 struct Lines {
-  float* sums;          // (K, 2, T, n): top, and total = sum of exp(s - top), of every class; null if not wanted
+  float* sums;          // (K, 2, T, n): top in bits, and total = sum of 2^(t - top), of every class; null if not wanted
   const float* center;  // (n,) or null
   float* deviation;     // (T, n): sum of s - center over the positives; null without a center
 };
@@ -57,11 +57,10 @@ struct Sums {
   const float* about;  // (1,) or null: 0
 };
 
-// Where lift * G goes.
+// Where G goes.
 struct Output {
   void* g;  // (N, M) padded to whole tiles, in the dtype of x, rows `stride` elements apart; null if not wanted
   int64_t stride;
-  const float* lift;  // (1,) a power of two, or null: 1
 };
 
 }  // namespace flashcl

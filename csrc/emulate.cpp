@@ -48,7 +48,6 @@ void products(const Block& b, Place tile, Fragments& out) {
 }
 
 void store(const Output& out, const Block& b, Place tile, const Fragments& acc) {
-  const float by = out.lift ? *out.lift : 1.0f;
   for (int warp = 0; warp < 4; ++warp)
     for (int r = 0; r < Fragment::ROWS; ++r)
       for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk)
@@ -56,7 +55,7 @@ void store(const Output& out, const Block& b, Place tile, const Fragments& acc) 
           for (int lane = 0; lane < 32; ++lane) {
             const int64_t i = tile.n * TILE + Fragment::row(warp, lane, r),
                           j = tile.m * TILE + Fragment::col(lane, chunk, q);
-            set_element(out.g, i * out.stride + j, by * acc.of_warp[warp][Fragment::place(r, chunk, q)].v[lane], b.half);
+            set_element(out.g, i * out.stride + j, acc.of_warp[warp][Fragment::place(r, chunk, q)].v[lane], b.half);
           }
 }
 

@@ -4,23 +4,24 @@
 // other. Totals are float64: one more rounding per tile would show in a line of many tiles.
 #pragma once
 
-#include "lanes.h"
+#include "numerics.h"
 
 namespace flashcl {
 
-// The statistics (K, 2, T, stride) of T tiles, merged into out (K, 2, n) whose planes are out_plane elements apart.
+// The statistics (K, 2, T, stride) of T tiles, tops in bits, merged into out (K, 2, n) whose planes are out_plane
+// elements apart.
 struct FoldArgs {
   const float* sums;
   float* out;
   int K, T, n;
   int64_t stride, out_plane;
   bool first;  // out holds nothing yet: it is not read
-  bool last;   // out becomes the log-sum-exp as two floats, in place of top and total
+  bool last;   // out becomes the log-sum-exp, in nats, as two floats, in place of top and total
 };
 
 constexpr int FOLDERS = 8;
 
-// The sum of exp(s - top) over some logits. Over none top is -inf; over +inf it is +inf, and the total too.
+// The sum of 2^(t - top) over some logits. Over none top is -inf; over +inf it is +inf, and the total too.
 struct Statistic {
   float top = -INF;
   double total = 0;
@@ -32,10 +33,12 @@ struct Statistic {
   }
 
   // A total of NaN says more than the top: max ignores NaN.
-  FLASHCL_BOTH double log_sum_exp() const { return fabsf(top) < INF || total != total ? top + log(total) : top; }
+  FLASHCL_BOTH double log_sum_exp() const {
+    return fabsf(top) < INF || total != total ? LN2 * (top + log2(total)) : top;
+  }
 
  private:
-  static FLASHCL_BOTH double decay(float x) { return x == 0.0f ? 1.0 : double(expf(x)); }
+  static FLASHCL_BOTH double decay(float x) { return x == 0.0f ? 1.0 : double(exp2f(x)); }
 };
 
 // What one of the FOLDERS finds in its tiles of line i of class k.

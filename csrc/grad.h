@@ -8,7 +8,8 @@
 //     G_ij = exp(s_ij - low) (a_i + b_j),   a_i = row_weight[i] exp(low - row_lse[i]),  b_j alike
 //
 // so it does where no gradient comes through the columns: low is row_lse[i] then, and b_j = 0. (Not with two classes:
-// there a low for each row and class finds no registers, and no loss asks for it.)
+// there a low for each row and class finds no registers, and no loss asks for it.) Below, logits and log-sum-exps are
+// in bits.
 #pragma once
 
 #include "logits.h"
@@ -25,18 +26,26 @@ struct GradArgs {
   Output out;
 };
 
-// weight and lse of a line for one class. Without pairs lse becomes +inf: 0 times exp(s + inf) would not be 0.
+// weight and lse of a line for one class. Without pairs lse becomes +inf: 0 times exp(s + inf) would not be 0. So it is
+// of the columns where no gradient comes through them.
+//
+// What rounding loses of lse in bits goes into the weight: 2^-lost is 1 - lost ln 2.
 template <class W>
 struct Coefficient {
   typename W::F weight, lse;
 
   FLASHCL_LANE Coefficient(const Side& side, int k, int tile, typename W::I at) {
     using F = typename W::F;
+    weight = F(0.0f);
+    lse = F(INF);
+    if (!side.weight) return;
     const int64_t line = k * side.stride + int64_t(tile) * TILE;
     weight = W::load(side.weight + line, at);
-    lse = W::load(side.lse + line, at);
-    const typename W::B empty = lse == F(-INF);
-    weight = W::select(empty, F(0.0f), weight);
+    const F nats = W::load(side.lse + line, at);
+    lse = nats * F(float(LOG2E));
+    const F lost = W::fma(nats, F(float(LOG2E)), F(0.0f) - lse) + nats * F(float(LOG2E - float(LOG2E)));
+    const typename W::B empty = nats == F(-INF);
+    weight = W::select(empty, F(0.0f), W::fma(weight * or_zero<W>(lost), F(float(-LN2)), weight));
     lse = W::select(empty, F(INF), lse);
   }
 };
@@ -49,46 +58,39 @@ class Grad {
   static constexpr int K = Program::CLASSES, R = Fragment::ROWS, C = Fragment::COLS;
 
  public:
+  struct Coefficients {  // a_i or b_j where the exp is shared, weight and lse where it is not
+    float weight[K][TILE], lse[K][TILE], offset[K == 2 ? TILE : 1];
+  };
   struct Shared {
-    // Of the columns: b_j where the exp is shared, weight and lse where it is not.
-    float bias[TILE], offset[K == 2 ? TILE : 1], weight[K][TILE], lse[K][TILE];
-    // Of the rows: read anew for every chunk of columns, which leaves 4 registers more while columns are summed.
-    float row_offset[K == 2 ? TILE : 1];
+    LogitVectors logits;  // less their shift where the exp is shared
+    Coefficients row, col;
     typename TileSums<W>::Shared sums;
   };
 
   FLASHCL_LANE Grad(const GradArgs& args, Seat<W> seat, Shared& shared)
       : a_(args), seat_(seat), tile_(seat.tile), s_(shared), two_sided_(args.col.weight) {}
 
-  // Masks, and coefficients of the columns.
+  // Masks and coefficients.
   FLASHCL_LANE void load() {
-    const I at = seat_.own_col();
-    pairs_.load(a_.block, seat_);
+    const I at = seat_.own();
+    scale_ = *a_.block.logit_scale * float(LOG2E);
+    about_ = a_.sums.about ? *a_.sums.about : 0.0f;
     shared_ = two_sided_ ? lie_together() : K == 1;
-    stage<W>(s_.bias, a_.block.col_bias, tile_.m, at);
-    if constexpr (K == 2) {
-      stage<W>(s_.offset, a_.col.offset, tile_.m, at);
-      stage<W>(s_.row_offset, a_.row.offset, tile_.n, at);
-    }
-    FLASHCL_UNROLL
-    for (int k = 0; k < K; ++k) {
-      F weight = F(0.0f), lse = F(INF);
-      if (two_sided_) {
-        const Coefficient<W> col(a_.col, k, tile_.m, at);
-        weight = shared_ ? col.weight * W::exp(low_ - col.lse) : col.weight;
-        lse = col.lse;
-      }
-      W::store(s_.weight[k], at, weight, B(true));
-      W::store(s_.lse[k], at, lse, B(true));
-    }
+    stage<W>(s_.logits.cols, a_.block.col_bias, tile_.m, at, float(LOG2E));
+    stage<W>(s_.logits.rows, a_.block.row_bias, tile_.n, at, float(LOG2E));
+    const F lse = coefficients(s_.row, a_.row, tile_.n, at);
+    coefficients(s_.col, a_.col, tile_.m, at);
+    const F shift = two_sided_ ? low_ : lse;
+    if (shared_) W::store(s_.logits.rows, at, W::load_shared(s_.logits.rows, at) - shift, B(true));
+    pairs_.load(a_.block, seat_);
   }
 
   template <class Acc>
   FLASHCL_LANE void visit(Acc& acc) {
-    if (K == 2 || pairs_.masked)
-      shared_ ? visit_<true, true>(acc) : visit_<true, false>(acc);
-    else if constexpr (K == 1)
+    if (K == 2 || !pairs_.plain)
       shared_ ? visit_<false, true>(acc) : visit_<false, false>(acc);
+    else if constexpr (K == 1)
+      shared_ ? visit_<true, true>(acc) : visit_<true, false>(acc);
   }
 
   FLASHCL_LANE void finish() { TileSums<W>(a_.sums, a_.block, seat_, s_.sums).finish(); }
@@ -101,6 +103,7 @@ class Grad {
   bool two_sided_;
   bool shared_;   // one exp for the rows and columns of the tile
   F low_;         // its shift, where there are both: the smallest log-sum-exp
+  float scale_, about_;
   Pairs<W, Program> pairs_;
 
   // Finds low_, and whether all log-sum-exps lie close above it. Each warp does it for the whole tile: 4 rows and 4
@@ -117,89 +120,88 @@ class Grad {
         meet(a_.col, k, tile_.m, at, a_.block.M, high);
       }
     }
-    high = warp_max<W>(high);
-    low_ = F(0.0f) - warp_max<W>(F(0.0f) - low_);
+    high = W::warp_max(high);
+    low_ = -W::warp_max(-low_);
     const bool close = !W::any(!(high - low_ < F(SPREAD)));
     low_ = or_zero<W>(low_);  // of lines without pairs any will do
     return close;
   }
 
   FLASHCL_LANE void meet(const Side& side, int k, int tile, I at, int lines, F& high) {
-    const F lse = W::load(side.lse + k * side.stride + int64_t(tile) * TILE, at);
+    const F lse = W::load(side.lse + k * side.stride + int64_t(tile) * TILE, at) * F(float(LOG2E));
     const B counts = (at < I(lines - tile * TILE)) & (lse != F(-INF));
     high = W::max(high, W::select(counts, lse, F(-INF)));
     low_ = W::min(low_, W::select(counts, lse, F(INF)));
   }
 
-  // Coefficients of the rows that a lane meets.
-  struct RowSide {
-    F weight[K][R], shift[K][R];  // a_i and low where the exp is shared, weight and lse where it is not
-  };
-
-  template <bool SHARED>
-  FLASHCL_LANE RowSide row_side() const {
-    RowSide out;
+  // Stages those of line `at`; returns the lse (of the last class).
+  FLASHCL_LANE F coefficients(Coefficients& to, const Side& side, int tile, I at) {
+    F lse;
     FLASHCL_UNROLL
-    for (int r = 0; r < R; ++r) {
-      FLASHCL_UNROLL
-      for (int k = 0; k < K; ++k) {
-        const Coefficient<W> row(a_.row, k, tile_.n, seat_.row(r));
-        const bool moved = SHARED && two_sided_;
-        out.weight[k][r] = moved ? row.weight * W::exp(low_ - row.lse) : row.weight;
-        out.shift[k][r] = moved ? low_ : row.lse;
-      }
+    for (int k = 0; k < K; ++k) {
+      const Coefficient<W> line(side, k, tile, at);
+      lse = line.lse;
+      W::store(to.weight[k], at, shared_ && two_sided_ ? line.weight * W::exp2(low_ - lse) : line.weight, B(true));
+      W::store(to.lse[k], at, lse, B(true));
     }
-    return out;
+    if constexpr (K == 2) stage<W>(to.offset, side.offset, tile, at);
+    return lse;
   }
 
-  template <bool MASKED, bool SHARED, class Acc>
+  // A row or a column that a lane meets.
+  struct Line {
+    F weight[K], lse[K], offset;
+
+    Line() = default;
+    FLASHCL_LANE Line(const Coefficients& from, I at) {
+      FLASHCL_UNROLL
+      for (int k = 0; k < K; ++k) {
+        weight[k] = W::load_shared(from.weight[k], at);
+        lse[k] = W::load_shared(from.lse[k], at);
+      }
+      offset = K == 2 ? W::load_shared(from.offset, at) : F(0.0f);
+    }
+
+    FLASHCL_LANE F of(B positive, const F (&v)[K]) const { return K == 1 ? v[0] : W::select(positive, v[K - 1], v[0]); }
+  };
+
+  template <bool PLAIN, bool SHARED, class Acc>
   FLASHCL_LANE void visit_(Acc& acc) {
-    const RowSide row = row_side<SHARED>();
-    const RowBias<W> row_bias(a_.block, seat_);
-    const float scale = *a_.block.logit_scale;
     TileSums<W> sums(a_.sums, a_.block, seat_, s_.sums);
-    const F about = F(sums.about());
     FLASHCL_UNROLL
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
-      F row_offset[R];
+      // Anew for every chunk: registers, and it keeps the compiler to their order.
+      if constexpr (K == 2) pairs_.forget();
+      const Logits<W> logits(scale_, s_.logits, seat_);
+      Line row[R];
       FLASHCL_UNROLL
-      for (int r = 0; r < R; ++r) row_offset[r] = K == 2 ? W::load_shared(s_.row_offset, seat_.row(r)) : F(0.0f);
+      for (int r = 0; r < R; ++r) row[r] = Line(s_.row, seat_.row(r));
       FLASHCL_UNROLL
       for (int q = 0; q < C; ++q) {
         const I at = seat_.col(chunk, q);
-        const F bias = W::load_shared(s_.bias, at);
-        const F offset = K == 2 ? W::load_shared(s_.offset, at) : F(0.0f);
+        const Line col(s_.col, at);
         FLASHCL_UNROLL
         for (int r = 0; r < R; ++r) {
           const int i = Fragment::place(r, chunk, q);
           const F product = acc[i];
-          F s = logit<W>(product, scale, row_bias.at[r], bias);
-          if (MASKED) s = W::select(pairs_.dropped(i), F(-INF), s);
+          F t = PLAIN ? logits.plain(product, r) : logits.of(product, r, at);
+          if (!PLAIN) t = W::select(pairs_.dropped(i), F(-INF), t);
           const B positive = pairs_.positive(i);
-          F g = weighted_exp<SHARED>(s, positive, row, r, at);
-          if (K == 2) g = g - W::select(positive, row_offset[r] + offset, F(0.0f));
-          if (MASKED) g = W::select(pairs_.dropped(i), F(0.0f), g);  // again: 0 times the NaN of a line is not 0
-          sums.scaled = W::fma(g, product - about, sums.scaled);
+          const F a = row[r].of(positive, row[r].weight), b = col.of(positive, col.weight);
+          F g;
+          if (SHARED)
+            g = W::exp2(t) * (a + b);
+          else
+            g = W::fma(a, W::exp2(t - row[r].of(positive, row[r].lse)), b * W::exp2(t - col.of(positive, col.lse)));
+          if (K == 2) g = g - W::select(positive, row[r].offset + col.offset, F(0.0f));
+          if (!PLAIN) g = W::select(pairs_.dropped(i), F(0.0f), g);  // again: 0 times the NaN of a line is not 0
+          sums.scaled = W::fma(g, product - F(about_), sums.scaled);
           acc[i] = W::settled(g);
         }
       }
       sums.add(acc, chunk);
     }
     sums.store();
-  }
-
-  template <bool SHARED>
-  FLASHCL_LANE F weighted_exp(F s, B positive, const RowSide& row, int r, I at) const {
-    F row_weight = row.weight[0][r], shift = row.shift[0][r], weight = W::load_shared(s_.weight[0], at), lse;
-    if (!SHARED) lse = W::load_shared(s_.lse[0], at);
-    if constexpr (K == 2) {
-      row_weight = W::select(positive, row.weight[1][r], row_weight);
-      shift = W::select(positive, row.shift[1][r], shift);
-      weight = W::select(positive, W::load_shared(s_.weight[1], at), weight);
-      if (!SHARED) lse = W::select(positive, W::load_shared(s_.lse[1], at), lse);
-    }
-    if (SHARED) return W::exp(s - (K == 2 ? low_ : shift)) * (row_weight + weight);
-    return W::fma(row_weight, W::exp(s - shift), weight * W::exp(s - lse));
   }
 };
 

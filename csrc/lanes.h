@@ -26,7 +26,6 @@
 namespace flashcl {
 
 constexpr float INF = __builtin_huge_valf();
-constexpr float LOG2E = 1.4426950408889634f;
 
 #ifdef __CUDACC__
 
@@ -50,9 +49,9 @@ struct Thread {
   static FLASHCL_LANE F min(F x, F y) { return fminf(x, y); }
   static FLASHCL_LANE F abs(F x) { return fabsf(x); }
   static FLASHCL_LANE F fma(F x, F y, F z) { return fmaf(x, y, z); }
-  static FLASHCL_LANE F exp(F x) {  // relative error 2^-22 (x + 1); results below 2^-126 are 0
+  static FLASHCL_LANE F exp2(F x) {  // relative error 2^-22; results below 2^-126 are 0
     float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * LOG2E));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
   }
   static FLASHCL_LANE F reciprocal(F x) {  // one unit in the last place
@@ -62,6 +61,12 @@ struct Thread {
   }
   static FLASHCL_LANE F shuffle_xor(F x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
   static FLASHCL_LANE bool any(B b) { return __any_sync(0xffffffffu, b); }
+  // The largest x of the warp, of which none is NaN, in one step where shuffles take five: as integers that are ordered
+  // like floats.
+  static FLASHCL_LANE F warp_max(F x) {
+    const int largest = __reduce_max_sync(0xffffffffu, ordered(__float_as_int(x)));
+    return __int_as_float(ordered(largest));
+  }
 
   // x, computed here and now: the compiler would rather put the work on all places off until the end, and spill.
   static FLASHCL_LANE F settled(F x) {
@@ -75,9 +80,10 @@ struct Thread {
     return __shfl_xor_sync(0xffffffffu, x, 0);
   }
 
+  // From global memory, which no kernel writes that it reads: such a load may begin before stores that come first.
   template <class T>
   static FLASHCL_LANE T load(const T* p, I i) {
-    return p[i];
+    return __ldg(p + i);
   }
   template <class T>
   static FLASHCL_LANE T load_shared(const T* p, I i) {
@@ -86,6 +92,9 @@ struct Thread {
   static FLASHCL_LANE void store(float* p, I i, F v, B mask) {
     if (mask) p[i] = v;
   }
+
+ private:
+  static FLASHCL_LANE int ordered(int bits) { return bits < 0 ? bits ^ 0x7fffffff : bits; }  // its own inverse
 };
 
 #else
@@ -133,6 +142,9 @@ struct Lanes {
   }
   friend Lanes operator~(const Lanes& x) {
     return each(x, x, [](T a, T) { return T(~a); });
+  }
+  friend Lanes operator-(const Lanes& x) {
+    return each(x, x, [](T a, T) { return T(-a); });
   }
   friend Lanes<bool> operator!(const Lanes& x) { return x == Lanes(T{}); }
   Lanes& operator+=(const Lanes& x) { return *this = *this + x; }
@@ -186,9 +198,9 @@ struct Warp {
     for (int i = 0; i < 32; ++i) out.v[i] = std::fma(x.v[i], y.v[i], z.v[i]);
     return out;
   }
-  static F exp(const F& x) {
+  static F exp2(const F& x) {
     return map(x, [](float a) {
-      const float y = std::exp2(a * LOG2E);
+      const float y = std::exp2(a);
       return y < 0x1p-126f ? 0.0f : y;
     });
   }
@@ -204,6 +216,11 @@ struct Warp {
     for (bool each : b.v)
       if (each) return true;
     return false;
+  }
+  static F warp_max(const F& x) {
+    float largest = -INF;
+    for (float each : x.v) largest = std::fmax(largest, each);
+    return largest;
   }
   static F settled(const F& x) { return x; }
   template <class T>

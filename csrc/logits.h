@@ -1,7 +1,8 @@
-// From a product <x_i, y_j> to its logit: scale, biases, and what the pair program says of the pair.
+// From a product <x_i, y_j> to its logit, in bits: scale, biases, and what the pair program says of the pair.
 #pragma once
 
 #include "block.h"
+#include "numerics.h"
 
 namespace flashcl {
 
@@ -36,15 +37,22 @@ class Pairs {
   U dropped_[4], positive_[4];
 
  public:
-  bool masked;  // some pairs are dropped, or there are classes: else nothing here may be asked
+  // All pairs count, as one class, and columns have no bias: as in most tiles. Then nothing here needs to be asked.
+  bool plain;
 
   // Before the product is there: ids, and labels of 64 bits, would find no registers beside it.
   FLASHCL_LANE void load(const Block& block, const Seat<W>& seat) {
-    const bool ids = may_hold_equal_ids(block, seat.tile);
-    masked = Program::CLASSES == 2 || ids || !whole(block, seat.tile);
-    if (!masked) return;
-    find_dropped(block, seat, ids);
+    const bool ids = may_hold_equal_ids(block, seat.tile), inside = whole(block, seat.tile);
+    plain = Program::CLASSES == 1 && !ids && inside && !block.col_bias;
+    for (U& word : dropped_) word = U(0);
+    if (ids || !inside) find_dropped(block, seat, ids);
     if constexpr (Program::CLASSES == 2) find_positive(block, seat);  // ids are no longer needed: fewer registers
+  }
+
+  // Before the next places: what was made of the bits of the last ones is not worth its registers.
+  FLASHCL_LANE void forget() {
+    for (U& word : dropped_) word = W::forgotten(word);
+    for (U& word : positive_) word = W::forgotten(word);
   }
 
   // Whether the pair at a place is outside of the block or dropped.
@@ -56,7 +64,8 @@ class Pairs {
 
   // The bits of the pairs of class k.
   FLASHCL_LANE void members(U (&bits)[4], int k) const {
-    for (int i = 0; i < 4; ++i) bits[i] = W::select(k == 1, positive_[i], ~(positive_[i] | dropped_[i]));
+    for (int i = 0; i < 4; ++i)
+      bits[i] = Program::CLASSES == 1 ? ~dropped_[i] : W::select(k == 1, positive_[i], ~(positive_[i] | dropped_[i]));
   }
 
  private:
@@ -67,8 +76,6 @@ class Pairs {
     FLASHCL_UNROLL
     for (int r = 0; r < R; ++r)  // without equal ids: two numbers that differ
       id[r] = ids ? W::load(block.row_id + n, seat.row(r)) : I(0);
-    for (U& word : dropped_) word = U(0);
-    if (!ids && whole(block, seat.tile)) return;
     FLASHCL_UNROLL
     for (int i = 0; i < Fragment::CHUNKS * Fragment::COLS; ++i) {
       const int chunk = i / Fragment::COLS, q = i % Fragment::COLS;
@@ -102,30 +109,51 @@ class Pairs {
   }
 };
 
-// The biases of the rows that a lane meets; 0 if there are none.
+// A vector of the rows or columns of tile number `tile` to shared memory, `factor` times, each lane of the warpgroup
+// element `at`; 0 if there is none. Before the product is there: then its wait and that for global memory are one. And
+// loads from shared memory are so short that the compiler does not begin with all of them, and spill.
 template <class W>
-struct RowBias {
-  typename W::F at[Fragment::ROWS];
+FLASHCL_LANE void stage(float (&to)[TILE], const float* p, int tile, typename W::I at, float factor = 1.0f) {
+  using F = typename W::F;
+  W::store(to, at, p ? W::load(p + int64_t(tile) * TILE, at) * F(factor) : F(0.0f), typename W::B(true));
+}
 
-  RowBias() = default;
-  FLASHCL_LANE RowBias(const Block& block, const Seat<W>& seat) {
-    FLASHCL_UNROLL
-    for (int r = 0; r < Fragment::ROWS; ++r)
-      at[r] = block.row_bias ? W::load(block.row_bias + int64_t(seat.tile.n) * TILE, seat.row(r)) : typename W::F(0.0f);
-  }
+// What the logits of a tile are made of, in bits.
+struct LogitVectors {
+  float rows[TILE], cols[TILE];  // their biases; those of the rows may have been shifted
 };
 
-// s of a product; the mask is applied by the caller, who also needs it for other things.
+// The logits of the rows that a lane meets. Masks are applied by the caller, who needs them for other things, too.
 template <class W>
-FLASHCL_LANE typename W::F logit(typename W::F product, float scale, typename W::F row_bias, typename W::F col_bias) {
-  return W::fma(product, typename W::F(scale), row_bias) + col_bias;
-}
+struct Logits {
+  using F = typename W::F;
 
-// A vector of the rows or columns of tile number `tile` to shared memory, each lane of the warpgroup element `at`; 0 if
-// there is none. From there, loads are so short that the compiler does not begin with all of them, and spill.
-template <class W>
-FLASHCL_LANE void stage(float (&to)[TILE], const float* p, int tile, typename W::I at) {
-  W::store(to, at, p ? W::load(p + int64_t(tile) * TILE, at) : typename W::F(0.0f), typename W::B(true));
-}
+  float scale;
+  const LogitVectors& vectors;
+  F rows[Fragment::ROWS];
+
+  FLASHCL_LANE Logits(float scale, const LogitVectors& vectors, const Seat<W>& seat) : scale(scale), vectors(vectors) {
+    FLASHCL_UNROLL
+    for (int r = 0; r < Fragment::ROWS; ++r) rows[r] = W::load_shared(vectors.rows, seat.row(r));
+  }
+
+  // All less one shift: it costs nothing, since it goes into the biases.
+  FLASHCL_LANE Logits less(F shift) const {
+    Logits out = *this;
+    for (F& bias : out.rows) bias = bias - shift;
+    return out;
+  }
+
+  // Of a product in row r, where columns have no bias; then of one in column `at`, where they may have.
+  FLASHCL_LANE F plain(F product, int r) const { return W::fma(product, F(scale), rows[r]); }
+  FLASHCL_LANE F of(F product, int r, typename W::I at) const {
+    return plain(product, r) + W::load_shared(vectors.cols, at);
+  }
+
+  // For another pass: nothing of the last one is worth keeping.
+  FLASHCL_LANE void forget() {
+    for (F& bias : rows) bias = W::forgotten(bias);
+  }
+};
 
 }  // namespace flashcl

@@ -167,14 +167,14 @@ flashcl::Sums sums(const Problem& p, const Maybe<Result>& rows, const Maybe<Resu
 
 using G = Maybe<nb::ndarray<nb::ndim<2>, nb::c_contig>>;
 
-flashcl::Output output(const Problem& p, const G& g, const Maybe<Floats>& lift) {
-  if (!g) return {nullptr, 0, nullptr};
+flashcl::Output output(const Problem& p, const G& g) {
+  if (!g) return {nullptr, 0};
   require(g->device_type() == p.reader.device_type && g->device_id() == p.reader.device_id, "g is on another device");
   require(g->dtype().bits == 16 && (g->dtype().code == uint8_t(nb::dlpack::dtype_code::Float)) == p.block.half,
           "g must have the dtype of x");
   require(int64_t(g->shape(0)) == p.rows() && int64_t(g->shape(1)) == p.cols(), "g must have whole tiles");
   require(reinterpret_cast<uintptr_t>(g->data()) % 16 == 0, "g must be 16-byte aligned");
-  return {g->data(), g->stride(0), p.reader(lift, 1, "lift")};
+  return {g->data(), g->stride(0)};
 }
 
 // (classes, lines), the classes any stride apart
@@ -229,20 +229,20 @@ void sweep(const Problem& p, const Result& row_sums, const Maybe<Floats>& row_ce
 
 void grad(const Problem& p, const Coefficients& row_weight, const Coefficients& row_lse,
           const Maybe<Floats>& row_offset, const Maybe<Coefficients>& col_weight, const Maybe<Coefficients>& col_lse,
-          const Maybe<Floats>& col_offset, const G& g, const Maybe<Floats>& lift, const Maybe<Result>& g_rows,
-          const Maybe<Result>& g_cols, const Maybe<Result>& scaled, const Maybe<Floats>& about, uintptr_t stream) {
+          const Maybe<Floats>& col_offset, const G& g, const Maybe<Result>& g_rows, const Maybe<Result>& g_cols,
+          const Maybe<Result>& scaled, const Maybe<Floats>& about, uintptr_t stream) {
   require(!p.block.triangular, "G is made of rectangles");
   const flashcl::GradArgs args{p.block, side(p, p.rows(), row_weight, row_lse, row_offset),
                                side(p, p.cols(), col_weight, col_lse, col_offset),
-                               sums(p, g_rows, g_cols, {}, scaled, about), output(p, g, lift)};
+                               sums(p, g_rows, g_cols, {}, scaled, about), output(p, g)};
   call(args, p.on_cpu(), stream, flashcl::emulate_grad, flashcl::launch_grad);
 }
 
-void sigmoid(const Problem& p, const Floats& weight, const Result& softplus, const G& g, const Maybe<Floats>& lift,
-             const Maybe<Result>& g_rows, const Maybe<Result>& g_cols, const Maybe<Result>& scaled, uintptr_t stream) {
+void sigmoid(const Problem& p, const Floats& weight, const Result& softplus, const G& g, const Maybe<Result>& g_rows,
+             const Maybe<Result>& g_cols, const Maybe<Result>& scaled, uintptr_t stream) {
   require(!p.block.triangular && p.classes() == 1, "the sum of softplus has rectangles of one class");
   const flashcl::SigmoidArgs args{p.block, p.reader(weight, p.rows(), "weight"),
-                                  sums(p, g_rows, g_cols, softplus, scaled, {}), output(p, g, lift)};
+                                  sums(p, g_rows, g_cols, softplus, scaled, {}), output(p, g)};
   call(args, p.on_cpu(), stream, flashcl::emulate_sigmoid, flashcl::launch_sigmoid);
 }
 
@@ -373,11 +373,11 @@ NB_MODULE(_C, m) {
         "col_deviation"_a.noconvert() = none, "stream"_a = 0, "Statistics of the rows and columns of every tile.");
   m.def("grad", &grad, "block"_a, "row_weight"_a.noconvert(), "row_lse"_a.noconvert(),
         "row_offset"_a.noconvert() = none, "col_weight"_a.noconvert() = none, "col_lse"_a.noconvert() = none,
-        "col_offset"_a.noconvert() = none, "g"_a.noconvert() = none, "lift"_a.noconvert() = none,
+        "col_offset"_a.noconvert() = none, "g"_a.noconvert() = none,
         "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none, "scaled"_a.noconvert() = none,
         "about"_a.noconvert() = none, "stream"_a = 0, "G of a block and sums of it.");
   m.def("sigmoid", &sigmoid, "block"_a, "weight"_a.noconvert(), "softplus"_a.noconvert(), "g"_a.noconvert() = none,
-        "lift"_a.noconvert() = none, "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none,
+        "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none,
         "scaled"_a.noconvert() = none, "stream"_a = 0, "Sums of softplus, G of a block and sums of it.");
   m.def("fold", &fold, "sums"_a.noconvert(), "out"_a.noconvert(), "first"_a = false, "last"_a = false, "stream"_a = 0,
         "Merges the statistics of tiles into out; the first ones are all that is in it, with the last ones it becomes "

@@ -26,13 +26,6 @@ FLASHCL_LANE typename W::F warp_sum(typename W::F x) {
   return x;
 }
 
-template <class W>
-FLASHCL_LANE typename W::F warp_max(typename W::F x) {
-  FLASHCL_UNROLL
-  for (int mask = 16; mask > 0; mask /= 2) x = W::max(x, W::shuffle_xor(x, mask));
-  return x;
-}
-
 struct Add {
   template <class W>
   static FLASHCL_LANE typename W::F of(typename W::F x, typename W::F y) {

@@ -2,11 +2,10 @@
 //
 //     G_ij = weight_i sigmoid(s_ij).
 //
-// Both come from one exp(-|s|). Dropped pairs have s = -inf, where both are 0.
+// Both come from one exp(-|s|). Dropped pairs have s = -inf, where both are 0. Logits are in bits.
 #pragma once
 
 #include "logits.h"
-#include "numerics.h"
 #include "sums.h"
 
 namespace flashcl {
@@ -26,7 +25,8 @@ class Sigmoid {
 
  public:
   struct Shared {
-    float bias[TILE];  // of the columns
+    LogitVectors logits;
+    float weight[TILE];  // of the rows
     typename TileSums<W>::Shared sums;
   };
 
@@ -34,13 +34,17 @@ class Sigmoid {
       : a_(args), seat_(seat), tile_(seat.tile), s_(shared) {}
 
   FLASHCL_LANE void load() {
+    const I at = seat_.own();
+    scale_ = *a_.block.logit_scale * float(LOG2E);
+    stage<W>(s_.logits.rows, a_.block.row_bias, tile_.n, at, float(LOG2E));
+    stage<W>(s_.logits.cols, a_.block.col_bias, tile_.m, at, float(LOG2E));
+    stage<W>(s_.weight, a_.weight, tile_.n, at);
     pairs_.load(a_.block, seat_);
-    stage<W>(s_.bias, a_.block.col_bias, tile_.m, seat_.own_col());
   }
 
   template <class Acc>
   FLASHCL_LANE void visit(Acc& acc) {
-    pairs_.masked ? visit_<true>(acc) : visit_<false>(acc);
+    pairs_.plain ? visit_<true>(acc) : visit_<false>(acc);
   }
 
   FLASHCL_LANE void finish() { TileSums<W>(a_.sums, a_.block, seat_, s_.sums).finish(); }
@@ -51,42 +55,38 @@ class Sigmoid {
   Place tile_;
   Shared& s_;
   Pairs<W, Program> pairs_;
+  float scale_;
 
-  template <bool MASKED, class Acc>
+  template <bool PLAIN, class Acc>
   FLASHCL_LANE void visit_(Acc& acc) {
-    const RowBias<W> row_bias(a_.block, seat_);
-    const float scale = *a_.block.logit_scale;
     F weight[R], plus[R];
-    FLASHCL_UNROLL
-    for (int r = 0; r < R; ++r) {
-      weight[r] = W::load(a_.weight + int64_t(tile_.n) * TILE, seat_.row(r));
-      plus[r] = F(0.0f);
-    }
+    for (F& sum : plus) sum = F(0.0f);
     TileSums<W> sums(a_.sums, a_.block, seat_, s_.sums);
-    const F about = F(sums.about());
     FLASHCL_UNROLL
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
+      // Anew for every chunk: it keeps the compiler to their order. All at once, most of them would wait for registers.
+      const Logits<W> logits(scale_, s_.logits, seat_);
+      FLASHCL_UNROLL
+      for (int r = 0; r < R; ++r) weight[r] = W::load_shared(s_.weight, seat_.row(r));
       FLASHCL_UNROLL
       for (int q = 0; q < C; ++q) {
-        const I at = seat_.col(chunk, q);
-        const F bias = W::load_shared(s_.bias, at);
         FLASHCL_UNROLL
         for (int r = 0; r < R; ++r) {
           const int i = Fragment::place(r, chunk, q);
           const F product = acc[i];
-          F s = logit<W>(product, scale, row_bias.at[r], bias);
-          if (MASKED) s = W::select(pairs_.dropped(i), F(-INF), s);
-          const Soft<W> soft(s);
-          plus[r] += soft.plus;
-          const F g = weight[r] * soft.sigmoid;
-          sums.scaled = W::fma(g, product - about, sums.scaled);
+          F t = PLAIN ? logits.plain(product, r) : logits.of(product, r, seat_.col(chunk, q));
+          if (!PLAIN) t = W::select(pairs_.dropped(i), F(-INF), t);
+          const Soft<W> soft(t);
+          plus[r] = soft.added_to(plus[r]);
+          const F g = weight[r] * soft.sigmoid();
+          sums.scaled = W::fma(g, product, sums.scaled);
           acc[i] = W::settled(g);
         }
       }
       sums.add(acc, chunk);
     }
     FLASHCL_UNROLL
-    for (int r = 0; r < R; ++r) sums.store_row(a_.sums.softplus, r, weight[r] * plus[r]);
+    for (int r = 0; r < R; ++r) sums.store_row(a_.sums.softplus, r, weight[r] * (plus[r] * F(float(LN2))));
     sums.store();
   }
 };

@@ -25,8 +25,6 @@ class TileSums {
     for (F& sum : row_) sum = F(0.0f);
   }
 
-  FLASHCL_LANE float about() const { return a_.about ? *a_.about : 0.0f; }
-
   // The G of a chunk of columns, complete in acc.
   template <class Acc>
   FLASHCL_LANE void add(const Acc& acc, int chunk) {
@@ -67,7 +65,7 @@ class TileSums {
   FLASHCL_LANE void finish() {
     const int64_t tile = int64_t(tile_.n) * block_.schedule().tiles_m + tile_.m;
     if (a_.cols) {
-      const I at = seat_.own_col();
+      const I at = seat_.own();
       F sum = W::load_shared(s_.cols[0], at);
       FLASHCL_UNROLL
       for (int w = 1; w < 4; ++w) sum += W::load_shared(s_.cols[w], at);

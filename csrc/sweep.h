@@ -1,8 +1,9 @@
 // The statistics of one tile of S: top and total of its rows and columns, for every class of pairs.
 //
-// A warp holds 32 rows of the tile. It first takes one top for all of them and one exp per logit, e = exp(s - top),
-// whose sums along the rows and along the columns are the totals. Where a total comes near the smallest numbers (or is
-// not finite) every line gets a top of its own instead. Rows are then finished; columns are merged over the 4 warps.
+// A warp holds 32 rows of the tile. It first takes one top for all of them and one 2^t for each logit, e = 2^(t - top),
+// whose sums along the rows and along the columns are the totals. Any top is right that brings them into range, so
+// that of the negatives is taken of a quarter of them. Where a total comes near the smallest or the largest
+// numbers every line gets a top of its own instead. Rows are then finished; columns are merged over the 4 warps.
 #pragma once
 
 #include "logits.h"
@@ -25,9 +26,10 @@ class Sweep {
   static constexpr int K = Program::CLASSES, R = Fragment::ROWS, C = Fragment::COLS;
 
  public:
-  struct Shared {  // of the columns
-    float bias[TILE], center[K == 2 ? TILE : 1];
-    float top[K][4][TILE], total[K][4][TILE], deviation[K == 2 ? 4 : 1][TILE];  // by the warps
+  struct Shared {
+    LogitVectors logits;
+    float row_center[K == 2 ? TILE : 1], col_center[K == 2 ? TILE : 1];
+    float top[K][4][TILE], total[K][4][TILE], deviation[K == 2 ? 4 : 1][TILE];  // of the columns, by the warps
   };
 
   FLASHCL_LANE Sweep(const SweepArgs& args, Seat<W> seat, Shared& shared)
@@ -38,31 +40,31 @@ class Sweep {
   }
 
   FLASHCL_LANE void load() {
+    const I at = seat_.own();
+    scale_ = *a_.block.logit_scale * float(LOG2E);
+    stage<W>(s_.logits.rows, a_.block.row_bias, tile_.n, at, float(LOG2E));
+    stage<W>(s_.logits.cols, a_.block.col_bias, tile_.m, at, float(LOG2E));
+    if constexpr (K == 2) {
+      stage<W>(s_.row_center, a_.row.center, tile_.n, at);
+      stage<W>(s_.col_center, a_.col.center, tile_.m, at);
+    }
     pairs_.load(a_.block, seat_);
-    stage<W>(s_.bias, a_.block.col_bias, tile_.m, seat_.own_col());
-    if constexpr (K == 2) stage<W>(s_.center, a_.col.center, tile_.m, seat_.own_col());
   }
 
   template <class Acc>
-  FLASHCL_LANE void visit(Acc& acc) {
-    row_bias_ = RowBias<W>(a_.block, seat_);
-    if constexpr (K == 1) {
-      pairs_.masked ? to_logits<true>(acc) : to_logits<false>(acc);
-      statistics(acc, 0);
-    } else {
-      FLASHCL_ROLLED
-      for (int k = 0; k < K; ++k) {
-        pairs_.members(members_, k);
-        statistics(acc, k);
-      }
-      if (a_.row.deviation) deviations(acc);  // members_ are the positives now
+  FLASHCL_LANE void visit(const Acc& acc) {
+    FLASHCL_ROLLED
+    for (int k = 0; k < K; ++k) {
+      pairs_.members(members_, k);
+      statistics(acc, k);
     }
+    if (K == 2 && a_.row.deviation) deviations(acc);  // members_ are the positives now
   }
 
   // Merges the columns of the 4 warps.
   FLASHCL_LANE void finish() {
     if (!cols_) return;
-    const I at = seat_.own_col();
+    const I at = seat_.own();
     const Schedule t = a_.block.schedule();
     const int64_t plane = int64_t(t.tiles_n) * t.tiles_m * TILE, line = (int64_t(tile_.n) * t.tiles_m + tile_.m) * TILE;
     FLASHCL_UNROLL
@@ -73,7 +75,7 @@ class Sweep {
       F total = F(0.0f);
       FLASHCL_UNROLL
       for (int w = 0; w < 4; ++w)
-        total += W::load_shared(s_.total[k][w], at) * W::exp(W::load_shared(s_.top[k][w], at) - or_zero<W>(top));
+        total += W::load_shared(s_.total[k][w], at) * W::exp2(W::load_shared(s_.top[k][w], at) - or_zero<W>(top));
       store_sums(a_.col.sums + 2 * k * plane + line, plane, at, top, total, B(true));
     }
     if (K == 2 && a_.col.deviation) {
@@ -90,15 +92,18 @@ class Sweep {
   Shared& s_;
   bool cols_;
   Pairs<W, Program> pairs_;
-  RowBias<W> row_bias_;
-  U members_[4];  // the pairs of the class at hand; only with two classes
+  float scale_;
+  U members_[4];  // the pairs of the class at hand
 
   template <class Acc>
   FLASHCL_LANE void statistics(const Acc& acc, int k) {
-    if (K == 2 && !some_members())
-      nothing(k);
-    else if (!shared_top(acc, k))
-      own_tops(acc, k);
+    if (K == 2 && !some_members()) return nothing(k);
+    bool served;
+    if (k == 1)
+      served = shared_top<false, K - 1>(acc);
+    else
+      served = pairs_.plain ? shared_top<K == 1, 0>(acc) : shared_top<false, 0>(acc);
+    if (!served) own_tops(acc, k);
   }
 
   // Of two classes. With few rows to a label most warps have no positive.
@@ -112,59 +117,44 @@ class Sweep {
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) store_col(k, chunk, F(-INF), F(0.0f));
   }
 
-  // acc: products -> logits, and where MASKED to -inf where a pair does not count.
-  template <bool MASKED, class Acc>
-  FLASHCL_LANE void to_logits(Acc& acc) {
-    FLASHCL_UNROLL
-    for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
-      FLASHCL_UNROLL
-      for (int q = 0; q < C; ++q) {
-        FLASHCL_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const int i = Fragment::place(r, chunk, q);
-          const F s = logit_at(acc, r, chunk, q);
-          acc[i] = W::settled(MASKED ? W::select(pairs_.dropped(i), F(-INF), s) : s);
-        }
-      }
-    }
-  }
-
-  // Of the product in acc.
-  template <class Acc>
-  FLASHCL_LANE F logit_at(const Acc& acc, int r, int chunk, int q) const {
-    const F bias = W::load_shared(s_.bias, seat_.col(chunk, q));
-    return logit<W>(acc[Fragment::place(r, chunk, q)], *a_.block.logit_scale, row_bias_.at[r], bias);
-  }
-
-  // The logit of a pair of the class at hand, else -inf. With two classes acc keeps the products: there are not
-  // registers enough for logits beside them, and the compiler does not see that they need not be beside them.
-  template <class Acc>
-  FLASHCL_LANE F member(const Acc& acc, int r, int chunk, int q) const {
+  // The logit of a pair of the class at hand, else -inf. acc keeps the products: there are not registers enough for
+  // logits beside them, and the compiler does not see that they need not be beside them.
+  template <bool PLAIN = false, class Acc>
+  FLASHCL_LANE F member(const Logits<W>& logits, const Acc& acc, int r, int chunk, int q) const {
     const int i = Fragment::place(r, chunk, q);
-    if constexpr (K == 1) return acc[i];
-    return W::select(W::has(members_[i / 32], i % 32), logit_at(acc, r, chunk, q), F(-INF));
+    if (PLAIN) return logits.plain(acc[i], r);
+    return W::select(W::has(members_[i / 32], i % 32), logits.of(acc[i], r, seat_.col(chunk, q)), F(-INF));
   }
 
-  // Begins another pass over the members: nothing of the last one is worth keeping.
-  FLASHCL_LANE void next_pass() {
-    if constexpr (K == 2) {
-      for (U& bits : members_) bits = W::forgotten(bits);
-      for (F& bias : row_bias_.at) bias = W::forgotten(bias);
-    }
+  FLASHCL_LANE Logits<W> logits() const { return {scale_, s_.logits, seat_}; }
+
+  // Begins another pass over the members.
+  FLASHCL_LANE void next_pass(Logits<W>& logits) {
+    for (U& bits : members_) bits = W::forgotten(bits);
+    logits.forget();
+  }
+
+  // The largest logit of a quarter of the columns; of all of them where few pairs count.
+  template <bool PLAIN, int k, class Acc>
+  FLASHCL_LANE F some_top(const Logits<W>& logits, const Acc& acc) const {
+    constexpr int LOOKED_AT = k == 0 ? 1 : Fragment::CHUNKS;
+    F tops[4] = {F(-INF), F(-INF), F(-INF), F(-INF)};  // 4 chains: in one each maximum would wait for the last
+    FLASHCL_UNROLL
+    for (int i = 0; i < R * LOOKED_AT * C; ++i)
+      tops[i % 4] = W::max(tops[i % 4], member<PLAIN>(logits, acc, i / (LOOKED_AT * C), i / C % LOOKED_AT, i % C));
+    return W::warp_max(W::max(W::max(tops[0], tops[1]), W::max(tops[2], tops[3])));
   }
 
   // Statistics of class k with one top for the warp; says whether it served.
-  template <class Acc>
-  FLASHCL_LANE bool shared_top(const Acc& acc, int k) {
-    F tops[4] = {F(-INF), F(-INF), F(-INF), F(-INF)};  // 4 chains: in one each maximum would wait for the last
-    FLASHCL_UNROLL
-    for (int i = 0; i < Fragment::PLACES; ++i) tops[i % 4] = W::max(tops[i % 4], member(acc, i / 32, i / C % 4, i % C));
-    const F top = warp_max<W>(W::max(W::max(tops[0], tops[1]), W::max(tops[2], tops[3])));
-    const F shift = or_zero<W>(top);
-
-    F row[R], least = F(1.0f);  // no term is larger. A NaN is passed over: its line is NaN under any top
+  template <bool PLAIN, int k, class Acc>
+  FLASHCL_LANE bool shared_top(const Acc& acc) {
+    Logits<W> all = logits();
+    const F top = or_zero<W>(some_top<PLAIN, k>(all, acc));
+    if constexpr (K == 2) next_pass(all);
+    const Logits<W> shifted = all.less(top);
+    // Of the totals. A NaN is passed over: its line is NaN under any top.
+    F row[R], least = F(1.0f), most = F(1.0f);
     for (F& sum : row) sum = F(0.0f);
-    next_pass();
     FLASHCL_UNROLL
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
       F col[C];
@@ -173,11 +163,11 @@ class Sweep {
         col[q] = F(0.0f);
         FLASHCL_UNROLL
         for (int r = 0; r < R; ++r) {
-          const F s = member(acc, r, chunk, q), e = W::exp(s - shift);
+          const F t = member<PLAIN>(shifted, acc, r, chunk, q), e = W::exp2(t);
           row[r] += e;
           col[q] += e;
           // Most lines have no positive at all: their total of 0 tells nothing, the smallest of the terms does.
-          if (K == 2 && k == 1) least = W::min(least, W::select(s == F(-INF), F(1.0f), e));
+          if (k == 1) least = W::min(least, W::select(t == F(-INF), F(1.0f), e));
         }
       }
       const F total = butterfly<W, Add>(col, seat_.lane);
@@ -188,9 +178,10 @@ class Sweep {
     for (int r = 0; r < R; ++r) {
       row[r] = quad_sum<W>(row[r]);
       if (k == 0) least = W::min(least, row[r]);
+      most = W::max(most, row[r]);  // with those of the rows those of the columns are in range, too
       store_row(k, r, top_of_some(k, top, row[r]), row[r]);
     }
-    return !W::any(!(least > F(TINY)) | !(top < F(INF)));
+    return !W::any(!(least > F(TINY)) | !(most < F(LARGE)));
   }
 
   // Lines without positives have no top.
@@ -202,35 +193,36 @@ class Sweep {
   // registers.
   template <class Acc>
   FLASHCL_LANE void own_tops(const Acc& acc, int k) {
+    Logits<W> all = logits();
     FLASHCL_UNROLL
     for (int r = 0; r < R; ++r) {
-      next_pass();
+      next_pass(all);
       F top = F(-INF), total = F(0.0f);
       FLASHCL_UNROLL
-      for (int i = 0; i < 4 * C; ++i) top = W::max(top, member(acc, r, i / C, i % C));
+      for (int i = 0; i < 4 * C; ++i) top = W::max(top, member(all, acc, r, i / C, i % C));
       top = quad_max<W>(top);
       const F shift = or_zero<W>(top);
-      next_pass();
+      next_pass(all);
       FLASHCL_UNROLL
-      for (int i = 0; i < 4 * C; ++i) total += W::exp(member(acc, r, i / C, i % C) - shift);
+      for (int i = 0; i < 4 * C; ++i) total += W::exp2(member(all, acc, r, i / C, i % C) - shift);
       store_row(k, r, top, quad_sum<W>(total));
     }
     if (!cols_) return;
     FLASHCL_UNROLL
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
-      next_pass();
+      next_pass(all);
       F top[C], total[C];
       FLASHCL_UNROLL
       for (int q = 0; q < C; ++q) {
         top[q] = F(-INF);
         FLASHCL_UNROLL
-        for (int r = 0; r < R; ++r) top[q] = W::max(top[q], member(acc, r, chunk, q));
+        for (int r = 0; r < R; ++r) top[q] = W::max(top[q], member(all, acc, r, chunk, q));
         // Not butterfly: every lane needs the top of every column that it meets.
         FLASHCL_UNROLL
         for (int mask = 4; mask <= 16; mask *= 2) top[q] = W::max(top[q], W::shuffle_xor(top[q], mask));
         total[q] = F(0.0f);
         FLASHCL_UNROLL
-        for (int r = 0; r < R; ++r) total[q] += W::exp(member(acc, r, chunk, q) - or_zero<W>(top[q]));
+        for (int r = 0; r < R; ++r) total[q] += W::exp2(member(all, acc, r, chunk, q) - or_zero<W>(top[q]));
       }
       const F sum = butterfly<W, Add>(total, seat_.lane), highest = butterfly<W, Max>(top, seat_.lane);
       store_col(k, chunk, highest, sum);
@@ -245,26 +237,27 @@ class Sweep {
       for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) store_col_deviation(chunk, F(0.0f));
       return;
     }
+    Logits<W> all = logits();
     F row_center[R], row[R];
     FLASHCL_UNROLL
     for (int r = 0; r < R; ++r) {
-      row_center[r] = W::load(a_.row.center + int64_t(tile_.n) * TILE, seat_.row(r));
+      row_center[r] = W::load_shared(s_.row_center, seat_.row(r));
       row[r] = F(0.0f);
     }
     FLASHCL_UNROLL
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
-      next_pass();
+      next_pass(all);
       F col[C];
       FLASHCL_UNROLL
       for (int q = 0; q < C; ++q) {
-        const F center = W::load_shared(s_.center, seat_.col(chunk, q));
+        const F center = W::load_shared(s_.col_center, seat_.col(chunk, q));
         col[q] = F(0.0f);
         FLASHCL_UNROLL
         for (int r = 0; r < R; ++r) {
-          const F s = member(acc, r, chunk, q);
-          const B counts = s != F(-INF);
-          row[r] += W::select(counts, s - row_center[r], F(0.0f));
-          col[q] += W::select(counts, s - center, F(0.0f));
+          const F t = member(all, acc, r, chunk, q);
+          const B counts = t != F(-INF);
+          row[r] += W::select(counts, W::fma(t, F(float(LN2)), -row_center[r]), F(0.0f));
+          col[q] += W::select(counts, W::fma(t, F(float(LN2)), -center), F(0.0f));
         }
       }
       store_col_deviation(chunk, butterfly<W, Add>(col, seat_.lane));

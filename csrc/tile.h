@@ -15,7 +15,7 @@ constexpr int TILE = 128;
 constexpr int CLUSTER = 2;
 
 // Rows of clusters that run together: 4 x 256 rows of x stay in L2 while y passes by.
-constexpr int GROUP = 4;
+constexpr unsigned GROUP = 4;
 
 FLASHCL_BOTH int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -23,19 +23,20 @@ struct Place {
   int n, m;  // in tiles
 };
 
-// Unit number u of n x m: down `group` rows, then one to the right, so that a wave shares rows and columns in L2.
-FLASHCL_BOTH Place grouped(int u, int n, int m, int group) {
-  const int first = u / (group * m) * group, height = n - first < group ? n - first : group, i = u % (group * m);
-  return {first + i % height, i / height};
+// Unit number u of n x m: down GROUP rows, then one to the right, so that a wave shares rows and columns in L2.
+FLASHCL_BOTH Place grouped(unsigned u, unsigned n, unsigned m) {
+  const unsigned first = u / (GROUP * m) * GROUP, i = u - first * m, height = n - first;
+  if (height >= GROUP) return {int(first + i % GROUP), int(i / GROUP)};  // divisions by a constant are quick
+  return {int(first + i % height), int(i / height)};
 }
 
 // Unit number u of the triangle m >= n of `size` rows, folded into a rectangle without a unit to spare.
 //
 // Row r of the rectangle is row r of the triangle, size - r long, and behind it the row that fills it up: the r-th from
 // below where the size is even, the (r - 1)-th where it is odd (row 0 then fills its row alone).
-FLASHCL_BOTH Place folded(int u, int size, int group) {
+FLASHCL_BOTH Place folded(int u, int size) {
   const int odd = size % 2;
-  const Place at = grouped(u, (size + odd) / 2, size + 1 - odd, group);
+  const Place at = grouped(u, (size + odd) / 2, size + 1 - odd);
   if (at.n + at.m < size) return {at.n, at.n + at.m};
   return {size - 1 + odd - at.n, at.m - 1 + odd};
 }
@@ -54,7 +55,7 @@ struct Schedule {
   // The tile of a CTA: `rank` in its cluster counts down first, as blockIdx does.
   FLASHCL_BOTH Place at(int unit, int rank) const {
     const int n = ceil_div(tiles_n, CLUSTER), m = ceil_div(tiles_m, CLUSTER);
-    const Place square = triangular ? folded(unit, n, GROUP) : grouped(unit, n, m, GROUP);
+    const Place square = triangular ? folded(unit, n) : grouped(unit, n, m);
     return {CLUSTER * square.n + rank % CLUSTER, CLUSTER * square.m + rank / CLUSTER};
   }
 
@@ -97,9 +98,7 @@ struct Seat {
 
   FLASHCL_LANE typename W::I row(int r) const { return Fragment::row(warp, lane, r); }
   FLASHCL_LANE typename W::I col(int chunk, int q) const { return Fragment::col(lane, chunk, q); }
-  FLASHCL_LANE typename W::I own_col() const {
-    return lane + typename W::I(32 * warp);
-  }  // one of the TILE columns each
+  FLASHCL_LANE typename W::I own() const { return lane + typename W::I(32 * warp); }  // one row and one column each
   FLASHCL_LANE typename W::B writes_row() const { return lane % 4 == typename W::I(0); }  // one lane of a quad
 };
 

@@ -174,7 +174,7 @@ struct TilesKernel {
       barrier(turn);
       epilogue.visit(acc);
       if constexpr (WRITES_G) {
-        if (params.args.out.g) stage(acc, params.args.out.lift, shared.g[turn], thread);
+        if (params.args.out.g) stage(acc, shared.g[turn], thread);
       }
       barrier(turn);  // column sums and G of all four warps are there
       epilogue.finish();
@@ -192,14 +192,13 @@ struct TilesKernel {
     asm volatile("bar.sync %0, 128;" ::"r"(cutlass::arch::NamedBarrier::ReservedNamedBarrierCount + turn) : "memory");
   }
 
-  // lift * G in 16 bits to shared memory, where the copy engine will see it.
-  static CUTLASS_DEVICE void stage(const Accumulators& acc, const float* lift, GTile& g, int thread) {
-    const float by = lift ? *lift : 1.0f;
+  // G in 16 bits to shared memory, where the copy engine will see it.
+  static CUTLASS_DEVICE void stage(const Accumulators& acc, GTile& g, int thread) {
     auto rounded = make_tensor<Element>(acc.layout());
     cutlass::NumericArrayConverter<Element, float, 2> convert;
     CUTE_UNROLL
     for (int i = 0; i < size(acc); i += 2) {
-      const auto pair = convert({acc(i) * by, acc(i + 1) * by});
+      const auto pair = convert({acc(i), acc(i + 1)});
       rounded(i) = pair[0];
       rounded(i + 1) = pair[1];
     }

@@ -16,7 +16,8 @@ from flashcl.cli.bench.results import Results
 
 @pytest.mark.parametrize("program", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.name)
 def test_every_program_starts(program):
-    pytest.importorskip({"plots": "matplotlib", "host": "triton", "tiles": "triton"}.get(program.stem, "torch"))
+    needs = {"plots": "matplotlib", "host": "triton", "tiles": "triton", "epilogues": "flashcl._C"}
+    pytest.importorskip(needs.get(program.stem, "torch"), reason="not installed, or not built", exc_type=ImportError)
     done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
 
@@ -102,6 +103,17 @@ def test_host_time_without_a_gpu():
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     times = [line.rsplit(maxsplit=2)[1:] for line in done.stdout.splitlines()[1:]]
     assert len(times) == 5 and all(0 < float(v) < 1e3 for row in times for v in row), done.stdout
+
+
+# ---- epilogues
+
+
+@pytest.mark.parametrize("kernel, width", [("sweep", 512), ("grad", 512), ("sigmoid", 768)])
+def test_epilogues_fit_beside_the_products(kernel, width):
+    """By the model of bench/epilogues.py, which knows no queue: what a GPU says is not known yet."""
+    pytest.importorskip("flashcl._C", reason="flashcl._C was not built: no nvcc, or no CUTLASS headers")
+    before, visit, instructions = script("epilogues").cost(kernel)
+    assert 128 * 2 < instructions * 128 < visit and before + visit < 8 * width
 
 
 # ---- ranks

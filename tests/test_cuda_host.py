@@ -352,6 +352,20 @@ def test_lines_far_below_their_tile(program, depth):
         check_grad(p, softmax(p))
 
 
+@pytest.mark.parametrize("height", [-300.0, -60.0, 0.0, 30.0, 60.0, 300.0])
+@pytest.mark.parametrize("program", CLASSES)
+def test_columns_far_from_the_first_ones(program, height):
+    """One top serves a warp if it is near enough, and it is looked for among the negatives of the first 32 columns of a tile."""
+    p = problem(256, 256, 16, program=program, scale=1.0)
+    first = torch.arange(256) % 128 < 32
+    p.x[:, 0] = 1.0
+    p.y[:, 0] = torch.where(first, 0.0, height)
+    if program == "by_label":  # no negative among the first ones
+        p.rows[1].fill_(1)
+        p.cols[1].copy_(first)
+    check_sweep(p)
+
+
 def test_lines_without_pairs():
     """Biases of -inf, and ids that leave a row or a column nothing: log-sum-exp -inf, gradient 0, neighbours unharmed."""
     p = problem(140, 150, 16, program="by_label")
@@ -438,6 +452,11 @@ def test_blocks_are_bounded_and_cover_the_matrix_once():
                 assert sum(cells) + (sum(cells) - own if triangular else 0) == N * M
 
 
+def log_sum_exp(top, total):
+    """In nats, of a top in bits."""
+    return math.log(2) * (top.double() + total.double().log2())
+
+
 def statistics(T, n=50):
     """Statistics (2, 2, T, n) of T tiles, lines 0 to 2 of which are empty, infinite and NaN, and their log-sum-exps (2, n)."""
     g = torch.Generator().manual_seed(T)
@@ -447,7 +466,7 @@ def statistics(T, n=50):
     top[empty], total[empty] = -torch.inf, 0.0
     top[:, -1, 1], total[:, -1, 1] = torch.inf, torch.inf
     total[:, 0, 2] = torch.nan
-    return torch.stack([top, total], 1), (top.double() + total.double().log()).logsumexp(1)
+    return torch.stack([top, total], 1), log_sum_exp(top, total).logsumexp(1)
 
 
 @pytest.mark.parametrize("T", [1, 7, 8, 9, 40])
@@ -457,9 +476,9 @@ def test_fold(T):
     out = torch.zeros(2, 2, 60)
     out[:, 0] = -torch.inf
     out[0, 0, 3:9], out[0, 1, 3:9] = 30.0, 2.0
-    want = torch.logaddexp(lse, out[:, 0, :50].double() + out[:, 1, :50].double().log())
+    want = torch.logaddexp(lse, log_sum_exp(out[:, 0, :50], out[:, 1, :50]))
     _C.fold(sums, out[:, :, :50])
-    assert_close(out[:, 0, :50].double() + out[:, 1, :50].double().log(), want, 1e-6, relative=False)
+    assert_close(log_sum_exp(out[:, 0, :50], out[:, 1, :50]), want, 1e-6, relative=False)
     assert (out[:, 0, 50:] == -torch.inf).all() and not out[:, 1, 50:].any()  # a slice, and nothing beside it
 
 
@@ -469,7 +488,7 @@ def test_the_first_fold_reads_nothing_and_the_last_leaves_log_sum_exps(T):
     at_once = torch.full((2, 2, 60), torch.nan)
     _C.fold(sums, at_once[:, :, :50], first=True, last=True)
     high, low = at_once[:, 0, :50], at_once[:, 1, :50]
-    assert_close(high.double() + low, lse, 1e-6, relative=False)  # e^(top - top') is of float32
+    assert_close(high.double() + low, lse, 1e-6, relative=False)  # 2^(top - top') is of float32
     assert at_once[:, :, 50:].isnan().all()
 
     finite = lse.isfinite()
@@ -490,7 +509,7 @@ def test_what_a_float_loses_of_a_log_sum_exp_is_its_low_part():
     top, total = torch.linspace(-1e4, 1e4, 999), torch.rand(999) + 1
     out = torch.empty(1, 2, 999)
     _C.fold(torch.stack([top, total])[None, :, None].contiguous(), out, first=True, last=True)
-    want = top.double() + total.double().log()
+    want = log_sum_exp(top, total)
     assert (out[0].double().sum(0) - want).abs().max() < 2e-11 < 1e-4 < (out[0, 0] - want).abs().max()
 
 

@@ -159,8 +159,7 @@ def store_tile(p, stride, t, i, j):
 def grad_kernel(
     x, y,  # (N, D), (M, D): pointers or tensor descriptors
     block, row, col,  # Block, Side, Side; col is looked at with COLS only, and not where TRIANGULAR
-    g_block, g_stride,  # lift * G goes to g_block (N, M rounded up to whole tiles), rows g_stride apart; or None
-    lift,  # (1,) float32, or None
+    g_block, g_stride,  # G goes to g_block (N, M rounded up to whole tiles), rows g_stride apart; or None
     sums,  # Sums
     DROP: tl.constexpr, POSITIVE: tl.constexpr, SIGMOID: tl.constexpr, COLS: tl.constexpr, TRIANGULAR: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
@@ -213,8 +212,6 @@ def grad_kernel(
         tl.store(sums.scaled + tl.program_id(0), scaled)
 
     if g_block is not None:
-        if lift is not None:
-            g *= tl.load(lift)
         g = g.to(g_block.dtype.element_ty)
         store_tile(g_block, g_stride, g, n, m)
         if TRIANGULAR:
@@ -232,7 +229,6 @@ def grad(
     row: Side,
     col: Side | None,
     g: Tensor | None,  # (N, M rounded up to whole tiles): what lies past the edges is undefined
-    lift: Tensor | None,  # (1,) float32, a power of two: what is written is lift * G
     sums: Sums,
     program: Program,
     triangular: bool,
@@ -242,7 +238,7 @@ def grad(
     a, b, tma = operands(x, y, tile)
     with on(x.device):
         grad_kernel[grid(block, tile, triangular)](
-            a, b, block, row, col, g, 0 if g is None else g.stride(0), lift, sums,
+            a, b, block, row, col, g, 0 if g is None else g.stride(0), sums,
             DROP=program.drop, POSITIVE=program.positive, SIGMOID=row.lse is None, COLS=col is not None, TRIANGULAR=triangular,
             **options(tile, tma),
         )  # fmt: skip

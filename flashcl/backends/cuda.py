@@ -139,8 +139,8 @@ def grad(
     total, D = Grads.zeros(p, c, needs), p.x.shape[1]
     dx, dy = total.dx, total.dy
     a = _Arguments.of(p)
+    c, lift = tiled.lifted(c, p.x.dtype)
     row, col = tiled.sides(p, c, _C.TILE)
-    lift = tiled.lift_of_sides(row, col, p.x.dtype)
     buffer = None  # of G: the first block is the largest
     for i, j in _strips(p, workspace / p.x.itemsize):
         g = None
@@ -150,7 +150,7 @@ def grad(
             g = buffer[: math.prod(shape)].view(shape)
         sums = _tile_sums(p, i, j, needs, softplus=isinstance(c, Sigmoid))
         with _on(p.x.device) as stream:
-            _launch(a.block(i, j), c, row.at(i), col and col.at(j), sums, g, lift, stream)
+            _launch(a.block(i, j), c, row.at(i), col and col.at(j), sums, g, stream)
 
         tiled.add_lines_(total.g_rows, i, sums.g_rows)
         tiled.add_lines_(total.g_cols, j, sums.g_cols)
@@ -168,7 +168,7 @@ def grad(
             if p.triangular and own < len(y):
                 addmm_(dx[j.start + own : j.stop], g[:, own:].T, x)
 
-    tiled.unlift_(lift, dx, dy)
+    tiled.unlift_(total, lift)
     return total
 
 
@@ -194,10 +194,8 @@ def _tile_sums(p: Problem, i: slice, j: slice, needs: Needs, *, softplus: bool) 
     )
 
 
-def _launch(
-    block, c, row: tiled.Side, col: tiled.Side | None, sums: _TileSums, g: Tensor | None, lift: Tensor | None, stream
-) -> None:
-    of_g = dict(g=g, lift=lift, g_rows=sums.g_rows, g_cols=sums.g_cols, scaled=sums.scaled, stream=stream)
+def _launch(block, c, row: tiled.Side, col: tiled.Side | None, sums: _TileSums, g: Tensor | None, stream) -> None:
+    of_g = dict(g=g, g_rows=sums.g_rows, g_cols=sums.g_cols, scaled=sums.scaled, stream=stream)
     if isinstance(c, Sigmoid):
         _C.sigmoid(block, row.weight, sums.softplus, **of_g)
         return

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from flashcl.engine.problem import LogSumExp, Problem, Sigmoid, Softmax, Statistics
+from flashcl.engine.problem import Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
 
 # Bound on the largest temporary of a call: the block of G in the backward, the statistics of the tiles in the forward.
 # 16k x 16k elements of 16 bits: blocks so large that adding them up in dx and dy costs nothing beside the GEMMs.
@@ -162,27 +163,30 @@ def _folded(weight: Tensor, lse: LogSumExp) -> Tensor:
     return torch.addcmul(weight, weight, lse.rest, value=-1)
 
 
-def lift(vectors: list[Tensor | None]) -> Tensor:
-    """A power of two, (1,), that brings the largest possible |G| to 2^14: float16 ends at 2^16 and begins at 2^-24.
+Coefficients = TypeVar("Coefficients", Softmax, Sigmoid)
 
-    vectors: weights and offsets, G is at most their sum. Computed on the device: the host must not wait for it. A NaN among
-    the weights must not spoil the other rows.
+
+def lifted(c: Coefficients, dtype: torch.dtype) -> tuple[Coefficients, Tensor | None]:
+    """Coefficients whose largest possible |G| is 2^14, if G will be float16: that ends at 2^16 and begins at 2^-24.
+
+    And the power of two that they have been multiplied by, (). Computed on the device: the host must not wait for it.
     """
-    largest = sum(v.nan_to_num(0.0, 0.0, 0.0).abs().amax() for v in vectors if v is not None)
-    exponent = 14 - torch.log2(largest).ceil()
-    return torch.exp2(exponent.clamp(-100, 100)).reshape(1)  # exponent is inf where all weights are 0
-
-
-def lift_of_sides(row: Side, col: Side | None, dtype: torch.dtype) -> Tensor | None:
-    """The same for a G that is rounded to dtype; None where its range is that of float32."""
     if dtype != torch.float16:
-        return None
-    return lift([v for side in (row, col) if side is not None for v in (side.weight, side.offset)])
+        return c, None
+    names = "row_weight", "col_weight", "row_offset", "col_offset"
+    vectors = {name: v for name in names if (v := getattr(c, name, None)) is not None}
+    # |G| is at most the sum of these. A NaN among the weights must not spoil the other rows.
+    largest = sum(v.nan_to_num(0.0, 0.0, 0.0).abs().amax() for v in vectors.values())
+    lift = torch.exp2((14 - torch.log2(largest).ceil()).clamp(-100, 100))  # before clamp inf, where all weights are 0
+    return replace(c, **{name: v * lift for name, v in vectors.items()}), lift
 
 
-def unlift_(lift: Tensor | None, *gradients: Tensor | None) -> None:
-    for d in gradients:
-        if lift is not None and d is not None:
+def unlift_(total: Grads, lift: Tensor | None) -> None:
+    """What lifted coefficients gave, back to what was asked for."""
+    if lift is None:
+        return
+    for d in (total.dx, total.dy, total.g_rows, total.g_cols, total.d_scale, total.row_sum):
+        if d is not None:
             d /= lift
 
 

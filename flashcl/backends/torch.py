@@ -346,7 +346,7 @@ def grad(
     kept: Tensor | None = None,
 ) -> Grads:
     tiles = _Tiles(p, kept=kept)
-    lift = _lift(c) if tiles.operand_dtype == torch.float16 else None
+    c, lift = tiled.lifted(c, tiles.operand_dtype)
 
     total = Grads.zeros(p, c, needs)
     dx, dy = total.dx, total.dy
@@ -377,7 +377,7 @@ def grad(
                 total.g_rows[i] += g.sum(1)
             if needs.col_bias:
                 total.g_cols[j] += g.sum(0)
-            g = (g if lift is None else g * lift).to(tiles.operand_dtype)
+            g = g.to(tiles.operand_dtype)
             if dx is not None:
                 addmm_(dx[i], g, y)
             if dy is not None:
@@ -385,9 +385,9 @@ def grad(
             if p.triangular and dx is not None and j.start > i.start:
                 addmm_(dx[j], g.T, x)
 
-    tiled.unlift_(lift, dx, dy)
     if row_sum is not None:
         total.row_sum.copy_(row_sum)
+    tiled.unlift_(total, lift)
     return total
 
 
@@ -455,7 +455,3 @@ def _common_shift(row: tuple[float, float], col: tuple[float, float]) -> float |
     """The smallest lse of a tile if all lie within _SPREAD of it: every logit of weight is as near."""
     low, high = min(row[0], col[0]), max(row[1], col[1])
     return low if math.isfinite(low) and high - low < _SPREAD else None
-
-
-def _lift(c: Softmax | Sigmoid) -> Tensor:
-    return tiled.lift([c.row_weight] if isinstance(c, Sigmoid) else [c.row_weight, c.col_weight, c.row_offset, c.col_offset])

@@ -144,8 +144,8 @@ def grad(
     plan: Plan | None = None,
 ) -> Grads:
     plan = plan or Plan.of(p, _grad_entry(p, c, needs.scale))
+    c, lift = tiled.lifted(c, p.x.dtype)
     row, col = tiled.sides(p, c, config.LARGEST)
-    lift = tiled.lift_of_sides(row, col, p.x.dtype)
     total, D = Grads.zeros(p, c, needs), p.x.shape[1]
     dx, dy = total.dx, total.dy
     need_g = dx is not None or dy is not None
@@ -165,7 +165,7 @@ def grad(
         scaled = torch.empty(tiles, dtype=torch.float32, device=x.device) if needs.scale else None
         about = c.about if needs.scale and isinstance(c, Softmax) else None
         sums = _sums_of_tiles(total, block, tile, scaled, about)
-        grad_kernels.grad(x, y, block, _side(row, i), _side(col, j), padded, lift, sums, program, diagonal, tile)
+        grad_kernels.grad(x, y, block, _side(row, i), _side(col, j), padded, sums, program, diagonal, tile)
 
         tiled.add_lines_(total.g_rows, i, sums.g_rows)
         tiled.add_lines_(total.g_cols, j, sums.g_cols)
@@ -181,7 +181,7 @@ def grad(
             if p.triangular and not diagonal:
                 addmm_(dx[j], g.T, x[:, :D])
 
-    tiled.unlift_(lift, dx, dy)
+    tiled.unlift_(total, lift)
     return total
 
 

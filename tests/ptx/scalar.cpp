@@ -328,6 +328,7 @@ void typed_memory(Table& table, const std::string& suffix) {
     table["ld" + (space + ("v4." + suffix))] = load<T, 4, false>,
                                    table["st" + (space + ("v4." + suffix))] = store<T, 4, false>;
   }
+  table["ld.global.nc." + suffix] = load<T, 1, false>;
   table["ld.shared." + suffix] = load<T, 1, true>, table["st.shared." + suffix] = store<T, 1, true>;
   table["ld.shared.v2." + suffix] = load<T, 2, true>, table["st.shared.v2." + suffix] = store<T, 2, true>;
   table["ld.shared.v4." + suffix] = load<T, 4, true>, table["st.shared.v4." + suffix] = store<T, 4, true>;
@@ -340,6 +341,8 @@ void memory(Table& table) {
     typed_memory<U32>(table, kind + std::string("32"));
     typed_memory<U64>(table, kind + std::string("64"));
   }
+  typed_memory<U32>(table, "s32");
+  typed_memory<U64>(table, "s64");
   typed_memory<F32>(table, "f32");
   typed_memory<F64>(table, "f64");
   for (const char* space : {"param", "to.global", "global"}) UNARY("cvta." + std::string(space) + ".u64", U64, a);
