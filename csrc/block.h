@@ -23,7 +23,7 @@ struct Block {
   const float *row_bias, *col_bias;      // (N,), (M,), or null: 0
   const int32_t *row_id, *col_id;        // (N,), (M,), or null: pairs with equal ids are dropped
   const int32_t *row_range, *col_range;  // (tiles, 2): the smallest and the largest id of each tile
-  const int64_t *row_label, *col_label;  // (N,), (M,), or null: other pairs with equal labels are of class 1
+  const int32_t *row_label, *col_label;  // (N,), (M,), or null: other pairs with equal labels are of class 1
 
   static FLASHCL_BOTH Schedule schedule(int N, int M, bool triangular) {
     return {ceil_div(N, TILE), ceil_div(M, TILE), triangular};

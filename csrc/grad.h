@@ -184,8 +184,7 @@ class Grad {
         for (int r = 0; r < R; ++r) {
           const int i = Fragment::place(r, chunk, q);
           const F product = acc[i];
-          F t = PLAIN ? logits.plain(product, r) : logits.of(product, r, at);
-          if (!PLAIN) t = W::select(pairs_.dropped(i), F(-INF), t);
+          const F t = PLAIN ? logits.plain(product, r) : logits.of(product, r, at);
           const B positive = pairs_.positive(i);
           const F a = row[r].of(positive, row[r].weight), b = col.of(positive, col.weight);
           F g;
@@ -194,7 +193,7 @@ class Grad {
           else
             g = W::fma(a, W::exp2(t - row[r].of(positive, row[r].lse)), b * W::exp2(t - col.of(positive, col.lse)));
           if (K == 2) g = g - W::select(positive, row[r].offset + col.offset, F(0.0f));
-          if (!PLAIN) g = W::select(pairs_.dropped(i), F(0.0f), g);  // again: 0 times the NaN of a line is not 0
+          if (!PLAIN) g = W::select(pairs_.dropped(i), F(0.0f), g);
           sums.scaled = W::fma(g, product - F(about_), sums.scaled);
           acc[i] = W::settled(g);
         }

@@ -32,7 +32,6 @@ constexpr float INF = __builtin_huge_valf();
 struct Thread {
   using F = float;
   using I = int;
-  using L = int64_t;
   using U = uint32_t;
   using B = bool;
 
@@ -153,7 +152,6 @@ struct Lanes {
 struct Warp {
   using F = Lanes<float>;
   using I = Lanes<int>;
-  using L = Lanes<int64_t>;
   using U = Lanes<uint32_t>;
   using B = Lanes<bool>;
 

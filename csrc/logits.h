@@ -29,7 +29,6 @@ FLASHCL_LANE bool whole(const Block& block, Place tile) {
 template <class W, class Program>
 class Pairs {
   using I = typename W::I;
-  using L = typename W::L;
   using U = typename W::U;
   using B = typename W::B;
   static constexpr int R = Fragment::ROWS;
@@ -40,7 +39,7 @@ class Pairs {
   // All pairs count, as one class, and columns have no bias: as in most tiles. Then nothing here needs to be asked.
   bool plain;
 
-  // Before the product is there: ids, and labels of 64 bits, would find no registers beside it.
+  // Before the product is there: ids and labels would find no registers beside it.
   FLASHCL_LANE void load(const Block& block, const Seat<W>& seat) {
     const bool ids = may_hold_equal_ids(block, seat.tile), inside = whole(block, seat.tile);
     plain = Program::CLASSES == 1 && !ids && inside && !block.col_bias;
@@ -89,18 +88,19 @@ class Pairs {
 
   FLASHCL_LANE void find_positive(const Block& block, const Seat<W>& seat) {
     const int64_t n = int64_t(seat.tile.n) * TILE, m = int64_t(seat.tile.m) * TILE;
-    L label[R];
+    I label[R];
     FLASHCL_UNROLL
     for (int r = 0; r < R; ++r) label[r] = W::load(block.row_label + n, seat.row(r));
     for (U& word : positive_) word = U(0);
     FLASHCL_UNROLL
     for (int i = 0; i < Fragment::CHUNKS * Fragment::COLS; ++i) {
       const int chunk = i / Fragment::COLS, q = i % Fragment::COLS;
-      const L col_label = W::load(block.col_label + m, seat.col(chunk, q));
+      const I col_label = W::load(block.col_label + m, seat.col(chunk, q));
       FLASHCL_UNROLL
       for (int r = 0; r < R; ++r)
-        mark(positive_, r, chunk, q, (label[r] == col_label) & !dropped(Fragment::place(r, chunk, q)));
+        mark(positive_, r, chunk, q, label[r] == col_label);
     }
+    for (int i = 0; i < 4; ++i) positive_[i] = positive_[i] & ~dropped_[i];
   }
 
   static FLASHCL_LANE void mark(U (&bits)[4], int r, int chunk, int q, B value) {

@@ -31,7 +31,6 @@ template <class T>
 using Array = nb::ndarray<T, nb::c_contig>;
 using Floats = Array<const float>;
 using Ids = Array<const int32_t>;
-using Labels = Array<const int64_t>;
 using Result = Array<float>;
 template <class T>
 using Maybe = std::optional<T>;
@@ -126,8 +125,8 @@ void check_operand(const Matrix& x, const char* name) {
 
 Problem problem(const Matrix& x, const Matrix& y, const Floats& logit_scale, const Maybe<Floats>& row_bias,
                 const Maybe<Floats>& col_bias, const Maybe<Ids>& row_id, const Maybe<Ids>& col_id,
-                const Maybe<Ids>& row_range, const Maybe<Ids>& col_range, const Maybe<Labels>& row_label,
-                const Maybe<Labels>& col_label, bool triangular) {
+                const Maybe<Ids>& row_range, const Maybe<Ids>& col_range, const Maybe<Ids>& row_label,
+                const Maybe<Ids>& col_label, bool triangular) {
   check_operand(x, "x");
   check_operand(y, "y");
   const bool half = is(x, nb::dlpack::dtype_code::Float);
@@ -360,7 +359,7 @@ NB_MODULE(_C, m) {
           "__init__",
           [](Problem* self, Matrix x, Matrix y, Floats logit_scale, Maybe<Floats> row_bias, Maybe<Floats> col_bias,
              Maybe<Ids> row_id, Maybe<Ids> col_id, Maybe<Ids> row_range, Maybe<Ids> col_range,
-             Maybe<Labels> row_label, Maybe<Labels> col_label, bool triangular) {
+             Maybe<Ids> row_label, Maybe<Ids> col_label, bool triangular) {
             new (self) Problem(problem(x, y, logit_scale, row_bias, col_bias, row_id, col_id, row_range, col_range,
                                        row_label, col_label, triangular));
           },

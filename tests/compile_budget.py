@@ -91,7 +91,7 @@ def problem(program, dtype, N, triangular=False, biased=False):
     """Of the programs of one class `different` has the larger kernel: it stands for `all`."""
     x = torch.empty(N, 256, dtype=dtype)
     y = x if triangular else torch.empty_like(x)
-    ids, labels = torch.empty(N, dtype=torch.int32), torch.empty(N, dtype=torch.int64)
+    ids, labels = (torch.empty(N, dtype=torch.int32) for _ in range(2))
     vectors = {"all": (), "different": (ids,), "by_label": (ids, labels)}[program]
     bias = torch.empty(N) if biased else None
     center = torch.empty(N) if triangular and program == "by_label" else None

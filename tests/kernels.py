@@ -15,7 +15,8 @@ def problem(N, M, D, program="all", triangular=False, *, dtype=torch.bfloat16, d
     g = torch.Generator().manual_seed(0)
 
     def vectors(size, first):
-        ids, labels = torch.arange(size) + first, torch.randint(9, (size,), generator=g)
+        ids = torch.arange(size, dtype=torch.int32) + first
+        labels = torch.randint(9, (size,), generator=g, dtype=torch.int32)
         return tuple(v.to(device) for v in (ids, labels)[: {"all": 0, "different": 1, "by_label": 2}[program]])
 
     x = torch.randn(N, D, generator=g).to(device, dtype)

@@ -622,6 +622,14 @@ def test_unusable_backends_say_why():
         flashcl.info_nce(x.double(), x.double(), temperature=1.0, backend="triton")
 
 
+def test_labels_are_any_integers(backend):
+    """Beyond int32, and equal modulo 2^32."""
+    c = case("sup_con", "init", n=21).to(SINGLE)
+    labels, z = c.options["labels"], c.tensors["z"]
+    wide = labels * 2**33 - 2**34
+    assert torch.equal(flashcl.sup_con(z, wide, backend=backend), flashcl.sup_con(z, labels, backend=backend))
+
+
 def test_labels_may_be_edited_after_the_forward(backend):
     c = case("sup_con", "init", n=21).to(SINGLE)
     labels, z = c.options["labels"], c.tensors["z"].clone().requires_grad_()

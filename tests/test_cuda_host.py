@@ -57,8 +57,8 @@ def problem(
         return torch.randn(shape, generator=g)
 
     def vectors(size, first):
-        ids = torch.arange(size) + first
-        labels = torch.randint(classes, (size,), generator=g) * 2**33 - 2**34  # beyond int32, equal modulo 2^32
+        ids = torch.arange(size, dtype=torch.int32) + first
+        labels = torch.randint(classes, (size,), generator=g, dtype=torch.int32) * 2**28 - 2**29  # any int32
         return (ids, labels)[: {"all": 0, "different": 1, "by_label": 2}[program]]
 
     x = random(N, D).to(dtype)
@@ -320,7 +320,7 @@ def test_strides():
     ]
     assert tiled.aligned(views[-1], 8) is views[-1]
     for x in views:
-        p = dataclasses.replace(base, x=x, rows=(torch.arange(80)[::2],))
+        p = dataclasses.replace(base, x=x, rows=(torch.arange(80, dtype=torch.int32)[::2],))
         check_sweep(p)
         check_grad(p, softmax(p))
 
@@ -378,7 +378,7 @@ def test_lines_without_pairs():
     got = check_grad(everyone, softmax(everyone))
     assert not got.dx[[0, 33]].any() and not got.dy[[7, 149]].any()
 
-    same = torch.zeros(140, dtype=torch.int64)  # every pair dropped
+    same = torch.zeros(140, dtype=torch.int32)  # every pair dropped
     p = dataclasses.replace(problem(140, 140, 16, program="different"), rows=(same,), cols=(same,))
     check_sweep(p)
     c = softmax(p)

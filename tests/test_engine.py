@@ -134,7 +134,7 @@ def test_operators_keep_their_word(monkeypatch):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
         checked.add(op._schema.name)
     engine = {"sweep", "sweep_softplus", "grad", "partner_products", "finish"}
-    labels = {"places_of_labels", "label_sums", "label_products", "add_labels_"}
+    labels = {"numbered", "label_sums", "label_products", "add_labels_"}
     assert checked == {f"flashcl::{name}" for name in engine | labels}
 
 

@@ -49,8 +49,8 @@ def problem(N, M, D, dtype=torch.float32, program="all", *, scale=0.5, bias=Fals
         return torch.randn(shape, generator=g)
 
     def vectors(size, first):
-        ids = torch.arange(size) + first
-        labels = torch.randint(classes, (size,), generator=g) * 2**33 - 2**34  # beyond int32, equal modulo 2^32
+        ids = torch.arange(size, dtype=torch.int32) + first
+        labels = torch.randint(classes, (size,), generator=g, dtype=torch.int32) * 2**28 - 2**29  # any int32
         return (ids, labels)[: {"all": 0, "different": 1, "by_label": 2}[program]]
 
     x = random(N, D).to(dtype)
@@ -280,7 +280,7 @@ def test_strides(tile):
     wide = torch.randn(40, 80)
     views = torch.randn(24, 40).T, wide[:, 3:27], wide[:, ::2][:, :24], torch.randn(1, 24).expand(40, 24), wide[:, 16:40]
     for x in views:
-        p = dataclasses.replace(base, x=x, rows=(torch.arange(80)[::2],))
+        p = dataclasses.replace(base, x=x, rows=(torch.arange(80, dtype=torch.int32)[::2],))
         check_sweep(p, tile)
         check_grad(p, softmax(p), tile)
 
@@ -368,7 +368,7 @@ def test_lines_without_pairs():
     got = check_grad(everyone, softmax(everyone))
     assert not got.dx[[0, 33]].any() and not got.dy[[7, 49]].any()
 
-    same = torch.zeros(40, dtype=torch.int64)  # every pair dropped
+    same = torch.zeros(40, dtype=torch.int32)  # every pair dropped
     p = dataclasses.replace(problem(40, 40, 16, program="different"), rows=(same,), cols=(same,))
     check_sweep(p)
     c = softmax(p)

@@ -254,7 +254,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _ids(vectors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if not vectors:
         return ()
-    id, *label = (_pad(v.to(dtype)) for v, dtype in zip(vectors, (torch.int32, torch.int64)))
+    id, *label = map(_pad, vectors)
     return id, torch.stack(id.unflatten(0, (-1, _C.TILE)).aminmax(dim=1), 1), *label
 
 
@@ -317,7 +317,8 @@ def self_check(device: torch.device) -> list[tuple[str, float, float]]:
 
     x, y = (random(n, 72).to(torch.bfloat16).to(device) for n in (200, 300))
     scale, bias = torch.full((1,), 0.3, dtype=torch.float32, device=device), random(200).to(device)
-    rows, cols = ((torch.arange(n, device=device), torch.arange(n, device=device) % 7) for n in (200, 300))
+    ids = [torch.arange(n, dtype=torch.int32, device=device) for n in (200, 300)]
+    rows, cols = ((v, v % 7) for v in ids)
     p = Problem(x, y, scale, bias, None, "by_label", rows, cols)
     s = 0.3 * x.double() @ y.double().T + bias.double()[:, None]
     same, positive = rows[0][:, None] == cols[0], rows[1][:, None] == cols[1]

@@ -113,9 +113,9 @@ class Plan:
         return self.others(strategy, self.dim * STATISTIC, self.symmetric)
 
     def program_vectors(self, center: bool) -> float:
-        """The ids (int32), labels (int64) and centers that a walk needs of all columns."""
+        """The ids and numbers of labels (int32) and centers that a walk needs of all columns."""
         labels = self.loss == "sup_con"
-        return self.all_gather(self.lines * (4 + 8 * labels + STATISTIC * (labels and center)))
+        return self.all_gather(self.lines * (4 + 4 * labels + STATISTIC * (labels and center)))
 
     def walks(self, strategy: str) -> list[Walk]:
         total, k = self.lines * self.ranks, self.classes
@@ -136,8 +136,8 @@ class Plan:
             sweep += self.all_reduce(total * 8)  # deviations
             grad += self.all_gather(self.lines * STATISTIC)  # offsets
             whole = self.others(strategy, self.dim * self.itemsize, half=False)
-            count = self.meeting() + self.all_gather(self.lines * 8)
-            sums = [self.meeting() + self.all_gather(self.lines * (8 + STATISTIC * p)) for p in (1, 2)]
+            count = self.meeting() + self.all_gather(self.lines * 8)  # labels, int64: they are numbered
+            sums = [self.meeting() + self.all_gather(self.lines * (4 + STATISTIC * p)) for p in (1, 2)]
             # Means of the positives forward, their gradients backward.
             labels = [Walk("label sums", 0.0, 2 * whole, 0.0, count + sum(sums))]
         return [

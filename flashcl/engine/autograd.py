@@ -9,7 +9,6 @@ unless it is written as softplus(negatives - positive): that is why negatives an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,20 +21,17 @@ from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, So
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which pairs count, and as what. Without partner and labels no pair is a positive; positives have no column bias."""
+    """Which pairs count, and as what. Positives have no column bias."""
 
     program: str = "all"
     rows: tuple[Tensor, ...] = ()  # (N,) each
     cols: tuple[Tensor, ...] = ()  # (M,) each
-    partner: int | None = None  # the one positive of row i is the column (i + partner) mod M, which the program drops
-    labels: Tensor | None = None  # (N,) int64: rows of one label are positives; program "by_label", S symmetric
+    positives: Partner | SameLabel | None = None  # a partner is dropped by the program; labels: "by_label", S symmetric
     group: str = ""  # of ranks that hold other rows and columns (ranks.py); "": none
 
-    def positives(self, places: Sequence[Tensor] = ()) -> Partner | SameLabel | None:
-        """places: what the positives of the forward found out about labels."""
-        if self.labels is not None:
-            return SameLabel(self.group, self.labels, *places) if places else SameLabel.of(self.labels, self.group)
-        return None if self.partner is None else Partner(self.partner)
+    @property
+    def labelled(self) -> bool:
+        return isinstance(self.positives, SameLabel)
 
 
 @dataclass(frozen=True)
@@ -116,23 +112,22 @@ def _first_order_only() -> None:
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, logit_scale, row_bias, col_bias, pairs: Pairs, need_cols: bool, keep: bool, backend: str):
-        problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, pairs), pairs.positives()
+        problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, pairs), pairs.positives
         products, mean = None, None
         if positives is not None:
             products = positives.products(problem, backend)  # (N,) float64
             mean = _logits(products, problem)
-        if pairs.labels is not None:
+        if pairs.labelled:
             problem = replace(problem, center=mean.to(problem.stat_dtype))
         s = ops.sweep(problem, need_cols=need_cols, keep=keep, backend=backend, group=pairs.group)
         col_parts = None if s.col is None else s.col.parts
-        places = () if pairs.labels is None else (positives.ordered, positives.slot, positives.inverse)
-        ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.parts, col_parts, products, s.kept, *places)
+        ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.parts, col_parts, products, s.kept)
         ctx.pairs, ctx.backend = pairs, backend
         ctx.set_materialize_grads(False)
         row, col = s.row.value(), None if s.col is None else s.col.value()[0]
         if positives is None:
             return row[0], col, None, None, None
-        if pairs.labels is None:
+        if not pairs.labelled:
             return row[0], col, mean, None, None
         # The mean logit by way of its deviation in the tiles: there its error is that of the logits in row_pos, and cancels.
         gap = row[1] - (problem.center + s.deviation * positives.inverse)
@@ -143,8 +138,8 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_row, d_col, d_pos, d_gap, _):
         _first_order_only()
-        x, y, logit_scale, row_bias, col_bias, row_parts, col_parts, products, kept, *places = ctx.saved_tensors
-        problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, ctx.pairs), ctx.pairs.positives(places)
+        x, y, logit_scale, row_bias, col_bias, row_parts, col_parts, products, kept = ctx.saved_tensors
+        problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, ctx.pairs), ctx.pairs.positives
         if ctx.pairs.group and col_parts is not None and d_col is None:  # another rank may use its columns
             d_col = torch.zeros_like(LogSumExp(col_parts).top[0], dtype=torch.float64)
         row, col = LogSumExp(row_parts), None if d_col is None else LogSumExp(col_parts)
@@ -153,7 +148,7 @@ class _LogSumExp(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             about = _mean_product(problem, ctx.pairs.group)
             beside = _beside_the_tiles(about.double(), (d_row, row), (d_col, col), d_pos, products)
-        if ctx.pairs.labels is not None:
+        if ctx.pairs.labelled:
             c = _softmax_with_labels(d_row, d_pos, _or_zeros(d_gap, row), row, positives, about)
         else:
             row_weight, col_weight = (None if d is None else d.to(problem.stat_dtype)[None] for d in (d_row, d_col))
@@ -226,7 +221,7 @@ class _SoftplusSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, logit_scale, row_bias, pairs: Pairs, per_row: bool, keep: bool, backend: str):
         ctx.pairs, ctx.per_row, ctx.backend = pairs, per_row, backend
-        problem, positives = _problem(x, y, logit_scale, row_bias, None, pairs), pairs.positives()
+        problem, positives = _problem(x, y, logit_scale, row_bias, None, pairs), pairs.positives
         products = positives.products(problem, backend)
         pos = _logits(products, problem)
         of_positive = torch.nn.functional.softplus(-pos, threshold=50.0)
@@ -248,7 +243,7 @@ class _SoftplusSum(torch.autograd.Function):
         _first_order_only()
         if ctx.per_row:
             x, y, logit_scale, row_bias, products, d_pos = ctx.saved_tensors
-            problem, positives = _problem(x, y, logit_scale, row_bias, None, ctx.pairs), ctx.pairs.positives()
+            problem, positives = _problem(x, y, logit_scale, row_bias, None, ctx.pairs), ctx.pairs.positives
             c, d_pos = Sigmoid(upstream.to(problem.stat_dtype)), d_pos * upstream
             needs, beside = _needs(*ctx.needs_input_grad[:4]), torch.dot(d_pos, products)
             where = dict(backend=ctx.backend, group=ctx.pairs.group)

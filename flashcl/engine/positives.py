@@ -46,20 +46,18 @@ class Partner:
 
 @dataclass(frozen=True)
 class SameLabel:
-    """All other rows with the label of the row, on all ranks; x and y are the same embeddings. Rows without one have t_i = 0.
-
-    What its tensors say is found in the forward, and kept for the backward.
-    """
+    """All other rows with the label of the row, on all ranks; x and y are the same embeddings. Rows without one have t_i = 0."""
 
     group: str
-    labels: Tensor  # (N,) int64
-    ordered: Tensor  # (N,) the labels, sorted
-    slot: Tensor  # (N,) int64: the place of the label of each row in `ordered`, of the first where it occurs again
+    number: Tensor  # (N,) int32: of the label of each row among those of all ranks; what backends compare
+    slot: Tensor  # (N,) int64: of the label of each row among those of this rank
+    ordered: Tensor  # (N,) int32 `number`, sorted; without elements if there is no group
     inverse: Tensor  # (N,) float64: 1 / |P(i)|, how many positives each row has; 0 without any
 
     @staticmethod
     def of(labels: Tensor, group: str) -> SameLabel:
-        return SameLabel(group, labels, *_places_of_labels(labels, group))
+        """labels: (N,) int64; the caller may write to them afterwards."""
+        return SameLabel(group, *_numbered(labels, group))
 
     def products(self, p: Problem, backend: str) -> Tensor:
         ones = torch.ones_like(p.x[:, 0], dtype=p.stat_dtype)[None]
@@ -75,7 +73,7 @@ class SameLabel:
         return dx, None
 
     def _sums(self, x: Tensor, weights: Tensor) -> Tensor:
-        return _label_sums(x, self.labels, self.ordered, self.slot, weights, self.group)
+        return _label_sums(x, self.number, self.slot, self.ordered, weights, self.group)
 
 
 # ---- operators -----------------------------------------------------------------------------------------------------------
@@ -91,38 +89,40 @@ def _in_chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(v.split(rows) for v in tensors))
 
 
-def _empty_places(labels, group):
-    return torch.empty_like(labels), torch.empty_like(labels), torch.empty_like(labels, dtype=torch.float64)
+def _empty_numbers(labels, group):
+    number, inverse = (torch.empty_like(labels, dtype=dtype) for dtype in (torch.int32, torch.float64))
+    return number, torch.empty_like(labels), number.new_empty(0), inverse
 
 
-@ops.operator("places_of_labels", fake=_empty_places)
-def _places_of_labels(labels: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
-    """ordered, slot and inverse of `SameLabel`."""
-    ordered = labels.sort().values
-    slot = first = torch.searchsorted(ordered, labels)
-    everywhere = ordered
-    if group:
-        everywhere = distributed.labels_of_all(labels, group).sort().values
-        first = torch.searchsorted(everywhere, labels)
+@ops.operator("numbered", fake=_empty_numbers)
+def _numbered(labels: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """number, slot, ordered and inverse of `SameLabel`. The number of a label is its first place among all of them, sorted."""
+    everywhere = (distributed.labels_of_all(labels, group) if group else labels).sort().values
+    first = torch.searchsorted(everywhere, labels)
     others = torch.searchsorted(everywhere, labels, right=True) - first - 1
-    return ordered, slot, others.double().reciprocal_().masked_fill_(others == 0, 0.0)
+    number, slot = first.to(torch.int32), first
+    ordered = number.new_empty(0)
+    if group:
+        ordered = number.sort().values
+        slot = torch.searchsorted(ordered, number)
+    return number, slot, ordered, others.double().reciprocal_().masked_fill_(others == 0, 0.0)
 
 
-@ops.operator("label_sums", fake=lambda x, labels, ordered, slot, weights, group: weights.new_empty(*weights.shape, x.shape[1]))
-def _label_sums(x: Tensor, labels: Tensor, ordered: Tensor, slot: Tensor, weights: Tensor, group: str) -> Tensor:
+@ops.operator("label_sums", fake=lambda x, number, slot, ordered, weights, group: weights.new_empty(*weights.shape, x.shape[1]))
+def _label_sums(x: Tensor, number: Tensor, slot: Tensor, ordered: Tensor, weights: Tensor, group: str) -> Tensor:
     """Sums of weights[p, j] x_j over all rows j, of all ranks, with one label, for each label that occurs here.
 
-    x: (N, D). labels, ordered, slot: `SameLabel`. weights: (P, N). Returns: (P, N, D), of which the label of row i has the
-    number slot[i], since how many labels there are is known to the device alone.
+    x: (N, D). number, slot, ordered: `SameLabel`. weights: (P, N). Returns: (P, N, D), of which the label of row i has the
+    place slot[i], since how many labels there are is known to the device alone.
     """
     # float64: a label may have all rows, and float32 sums as long would show in the gradient of logit_scale.
     sums = torch.zeros(*weights.shape, x.shape[1], dtype=torch.float64, device=x.device)
     if not group:
         _add_by_slot_(sums, x, slot, weights)
         return sums.to(weights.dtype)
-    for y, of_y, w in distributed.label_blocks(x, labels, weights, group):
-        if len(labels):  # if not, the other ranks still need the rows of this one: walk on
-            to = torch.searchsorted(ordered, of_y).clamp(max=len(labels) - 1)
+    for y, of_y, w in distributed.label_blocks(x, number, weights, group):
+        if len(number):  # if not, the other ranks still need the rows of this one: walk on
+            to = torch.searchsorted(ordered, of_y).clamp(max=len(number) - 1)
             # Rows whose label does not occur here count as 0, whatever they hold: a weight of 0 would make NaN of infinity.
             _add_by_slot_(sums, y.masked_fill((ordered[to] != of_y)[:, None], 0.0), to, w)
     return sums.to(weights.dtype)

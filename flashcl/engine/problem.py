@@ -36,7 +36,7 @@ class Problem:
     row_bias: Tensor | None = None  # (N,) stat_dtype, any stride (0 where one bias serves all rows)
     col_bias: Tensor | None = None  # (M,) stat_dtype, any stride
     program: str = "all"
-    rows: tuple[Tensor, ...] = ()  # (N,) integer vectors that the program reads
+    rows: tuple[Tensor, ...] = ()  # (N,) int32 vectors that the program reads
     cols: tuple[Tensor, ...] = ()  # (M,)
     center: Tensor | None = None  # (N,) stat_dtype, only with K = 2: about the mean positive logit of a row
     triangular: bool = False  # S = S^T: x is y, rows is cols, no biases; walk only the tiles on and above the diagonal

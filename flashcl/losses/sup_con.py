@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
+from flashcl.engine.positives import SameLabel
 from flashcl.engine.ranks import Group
 from flashcl.losses.common import REDUCTIONS, eager_over_ranks, from_negatives, parameter, prepare, reduce
 
@@ -52,11 +53,9 @@ def sup_con(
     scale = parameter(checks.inverse_temperature(temperature, z), group)
     (z,) = prepare(normalize, group, z)
 
-    # A copy: the caller may write to them before the backward.
-    labels = labels.to(torch.int64, memory_format=torch.contiguous_format, copy=True)
-    row = torch.arange(len(z), dtype=torch.int32, device=z.device)
-    vectors = (row, labels)
-    pairs = Pairs("by_label", vectors, vectors, labels=labels, group=Group.name(group))
+    positives = SameLabel.of(labels.to(torch.int64).contiguous(), Group.name(group))
+    vectors = (torch.arange(len(z), dtype=torch.int32, device=z.device), positives.number)
+    pairs = Pairs("by_label", vectors, vectors, positives, Group.name(group))
     s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, backend=dispatch.choose(backend, z))
     alone = s.alone
     # Filled before the arithmetic, not after: inf - inf of an anchor that does not count would make its gradient NaN.
