@@ -9,6 +9,7 @@ unless it is written as softplus(negatives - positive): that is why negatives an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,17 +22,20 @@ from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, So
 
 @dataclass(frozen=True)
 class Pairs:
-    """Which pairs count, and as what. Positives have no column bias."""
+    """Which pairs count, and as what. Without partner and labels no pair is a positive; positives have no column bias."""
 
     program: str = "all"
     rows: tuple[Tensor, ...] = ()  # (N,) each
     cols: tuple[Tensor, ...] = ()  # (M,) each
-    positives: Partner | SameLabel | None = None  # a partner is dropped by the program; labels: "by_label", S symmetric
+    partner: int | None = None  # the one positive of row i is the column (i + partner) mod M, which the program drops
+    labels: Tensor | None = None  # (N,) int64: rows of one label are positives; program "by_label", S symmetric
     group: str = ""  # of ranks that hold other rows and columns (ranks.py); "": none
 
-    @property
-    def labelled(self) -> bool:
-        return isinstance(self.positives, SameLabel)
+    def positives(self, found: Sequence[Tensor] = ()) -> Partner | SameLabel | None:
+        """found: what the positives of the forward found out about labels."""
+        if self.labels is not None:
+            return SameLabel(self.group, *found) if found else SameLabel.of(self.labels, self.group)
+        return None if self.partner is None else Partner(self.partner)
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,9 @@ def _statistic_dtype(x: Tensor, logit_scale: Tensor, *biases: Tensor | None) -> 
     return [logit_scale.to(x.device, dtype).reshape(1), *(None if b is None else b.to(dtype) for b in biases)]
 
 
-def _problem(x, y, logit_scale, row_bias, col_bias, pairs: Pairs) -> Problem:
-    return Problem.of(x, y, logit_scale, row_bias, col_bias, pairs.program, pairs.rows, pairs.cols)
+def _problem(x, y, logit_scale, row_bias, col_bias, pairs: Pairs, positives: Partner | SameLabel | None) -> Problem:
+    labels = (positives.number,) if isinstance(positives, SameLabel) else ()
+    return Problem.of(x, y, logit_scale, row_bias, col_bias, pairs.program, pairs.rows + labels, pairs.cols + labels)
 
 
 def _first_order_only() -> None:
@@ -112,22 +117,25 @@ def _first_order_only() -> None:
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, logit_scale, row_bias, col_bias, pairs: Pairs, need_cols: bool, keep: bool, backend: str):
-        problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, pairs), pairs.positives
+        positives = pairs.positives()
+        problem = _problem(x, y, logit_scale, row_bias, col_bias, pairs, positives)
         products, mean = None, None
         if positives is not None:
             products = positives.products(problem, backend)  # (N,) float64
             mean = _logits(products, problem)
-        if pairs.labelled:
+        if pairs.labels is not None:
             problem = replace(problem, center=mean.to(problem.stat_dtype))
         s = ops.sweep(problem, need_cols=need_cols, keep=keep, backend=backend, group=pairs.group)
         col_parts = None if s.col is None else s.col.parts
-        ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.parts, col_parts, products, s.kept)
+        # What was found out is kept here and not in `pairs`: torch.compile would lose it (torch 2.7).
+        found = () if pairs.labels is None else (positives.number, positives.slot, positives.ordered, positives.inverse)
+        ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.parts, col_parts, products, s.kept, *found)
         ctx.pairs, ctx.backend = pairs, backend
         ctx.set_materialize_grads(False)
         row, col = s.row.value(), None if s.col is None else s.col.value()[0]
         if positives is None:
             return row[0], col, None, None, None
-        if not pairs.labelled:
+        if pairs.labels is None:
             return row[0], col, mean, None, None
         # The mean logit by way of its deviation in the tiles: there its error is that of the logits in row_pos, and cancels.
         gap = row[1] - (problem.center + s.deviation * positives.inverse)
@@ -138,8 +146,9 @@ class _LogSumExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_row, d_col, d_pos, d_gap, _):
         _first_order_only()
-        x, y, logit_scale, row_bias, col_bias, row_parts, col_parts, products, kept = ctx.saved_tensors
-        problem, positives = _problem(x, y, logit_scale, row_bias, col_bias, ctx.pairs), ctx.pairs.positives
+        x, y, logit_scale, row_bias, col_bias, row_parts, col_parts, products, kept, *found = ctx.saved_tensors
+        positives = ctx.pairs.positives(found)
+        problem = _problem(x, y, logit_scale, row_bias, col_bias, ctx.pairs, positives)
         if ctx.pairs.group and col_parts is not None and d_col is None:  # another rank may use its columns
             d_col = torch.zeros_like(LogSumExp(col_parts).top[0], dtype=torch.float64)
         row, col = LogSumExp(row_parts), None if d_col is None else LogSumExp(col_parts)
@@ -148,7 +157,7 @@ class _LogSumExp(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             about = _mean_product(problem, ctx.pairs.group)
             beside = _beside_the_tiles(about.double(), (d_row, row), (d_col, col), d_pos, products)
-        if ctx.pairs.labelled:
+        if ctx.pairs.labels is not None:
             c = _softmax_with_labels(d_row, d_pos, _or_zeros(d_gap, row), row, positives, about)
         else:
             row_weight, col_weight = (None if d is None else d.to(problem.stat_dtype)[None] for d in (d_row, d_col))
@@ -221,7 +230,8 @@ class _SoftplusSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, y, logit_scale, row_bias, pairs: Pairs, per_row: bool, keep: bool, backend: str):
         ctx.pairs, ctx.per_row, ctx.backend = pairs, per_row, backend
-        problem, positives = _problem(x, y, logit_scale, row_bias, None, pairs), pairs.positives
+        positives = pairs.positives()
+        problem = _problem(x, y, logit_scale, row_bias, None, pairs, positives)
         products = positives.products(problem, backend)
         pos = _logits(products, problem)
         of_positive = torch.nn.functional.softplus(-pos, threshold=50.0)
@@ -243,7 +253,8 @@ class _SoftplusSum(torch.autograd.Function):
         _first_order_only()
         if ctx.per_row:
             x, y, logit_scale, row_bias, products, d_pos = ctx.saved_tensors
-            problem, positives = _problem(x, y, logit_scale, row_bias, None, ctx.pairs), ctx.pairs.positives
+            positives = ctx.pairs.positives()
+            problem = _problem(x, y, logit_scale, row_bias, None, ctx.pairs, positives)
             c, d_pos = Sigmoid(upstream.to(problem.stat_dtype)), d_pos * upstream
             needs, beside = _needs(*ctx.needs_input_grad[:4]), torch.dot(d_pos, products)
             where = dict(backend=ctx.backend, group=ctx.pairs.group)

@@ -56,7 +56,7 @@ class SameLabel:
 
     @staticmethod
     def of(labels: Tensor, group: str) -> SameLabel:
-        """labels: (N,) int64; the caller may write to them afterwards."""
+        """labels: (N,) int64. Nobody looks at them again: the caller may write to them."""
         return SameLabel(group, *_numbered(labels, group))
 
     def products(self, p: Problem, backend: str) -> Tensor:

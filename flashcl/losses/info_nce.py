@@ -9,7 +9,6 @@ from torch.distributed import ProcessGroup
 from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
-from flashcl.engine.positives import Partner
 from flashcl.engine.ranks import Group
 from flashcl.losses.common import REDUCTIONS, eager_over_ranks, from_negatives, parameter, prepare, reduce
 
@@ -60,7 +59,7 @@ def info_nce(
     x, y = prepare(normalize, group, x, y)
 
     col_id = torch.arange(y.shape[0], dtype=torch.int32, device=x.device)
-    pairs = Pairs("different", (col_id[: x.shape[0]],), (col_id,), Partner(0), group=Group.name(group))
+    pairs = Pairs("different", (col_id[: x.shape[0]],), (col_id,), partner=0, group=Group.name(group))
     s = log_sum_exp(x, y, scale, None, None, pairs, need_cols=symmetric, backend=dispatch.choose(backend, x))
     if not symmetric:
         return reduce(from_negatives(s.row_neg, s.row_pos), reduction, x, group)

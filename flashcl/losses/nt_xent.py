@@ -9,7 +9,6 @@ from torch.distributed import ProcessGroup
 from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
-from flashcl.engine.positives import Partner
 from flashcl.engine.ranks import Group
 from flashcl.losses.common import REDUCTIONS, eager_over_ranks, from_negatives, parameter, prepare, reduce
 
@@ -53,6 +52,6 @@ def nt_xent(
 
     # Ids are equal for the anchor itself and for its positive: neither is a negative.
     item = torch.arange(z1.shape[0], dtype=torch.int32, device=z.device).repeat(2)
-    pairs = Pairs("different", (item,), (item,), Partner(z1.shape[0]), group=Group.name(group))
+    pairs = Pairs("different", (item,), (item,), partner=z1.shape[0], group=Group.name(group))
     s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, backend=dispatch.choose(backend, z))
     return reduce(from_negatives(s.row_neg, s.row_pos), reduction, z, group)

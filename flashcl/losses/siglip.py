@@ -9,7 +9,6 @@ from torch.distributed import ProcessGroup
 from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, softplus_sum
-from flashcl.engine.positives import Partner
 from flashcl.engine.ranks import Group
 from flashcl.losses.common import REDUCTIONS, eager_over_ranks, parameter, prepare, reduce
 
@@ -53,7 +52,7 @@ def siglip(
     x, y = prepare(normalize, group, x, y)
 
     row = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    pairs = Pairs("different", (row,), (row,), Partner(0), group=Group.name(group))
+    pairs = Pairs("different", (row,), (row,), partner=0, group=Group.name(group))
     loss = softplus_sum(
         x, y, scale, bias.expand(len(x)), pairs, per_row=reduction == "none", backend=dispatch.choose(backend, x)
     )

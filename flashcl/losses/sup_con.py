@@ -9,7 +9,6 @@ from torch.distributed import ProcessGroup
 from flashcl import checks
 from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
-from flashcl.engine.positives import SameLabel
 from flashcl.engine.ranks import Group
 from flashcl.losses.common import REDUCTIONS, eager_over_ranks, from_negatives, parameter, prepare, reduce
 
@@ -53,9 +52,9 @@ def sup_con(
     scale = parameter(checks.inverse_temperature(temperature, z), group)
     (z,) = prepare(normalize, group, z)
 
-    positives = SameLabel.of(labels.to(torch.int64).contiguous(), Group.name(group))
-    vectors = (torch.arange(len(z), dtype=torch.int32, device=z.device), positives.number)
-    pairs = Pairs("by_label", vectors, vectors, positives, Group.name(group))
+    row = torch.arange(len(z), dtype=torch.int32, device=z.device)
+    labels = labels.to(torch.int64).contiguous()
+    pairs = Pairs("by_label", (row,), (row,), labels=labels, group=Group.name(group))
     s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, backend=dispatch.choose(backend, z))
     alone = s.alone
     # Filled before the arithmetic, not after: inf - inf of an anchor that does not count would make its gradient NaN.
