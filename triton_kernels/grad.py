@@ -11,7 +11,7 @@ from torch import Tensor
 from .config import Tile
 from .programs import Program
 from .sweep import log1p
-from .tile import Block, exp, grid, load_vectors, logits, on, operands, options, product, tile_of
+from .tile import Block, exp, grid, held, load_vectors, logits, on, operands, options, product, tile_of
 
 # Where the log-sum-exps of a tile lie within SPREAD of each other, e = exp(s - lowest) serves its rows and its columns.
 # Overflow would allow 80; but s - lowest is rounded by up to half a unit in the last place of the spread, which at 8 is 5e-7
@@ -51,66 +51,66 @@ def load_side(side, k, i):
 
 
 @triton.jit
-def any_nan(side, i, K: tl.constexpr):
-    """Whether a coefficient of the lines i is NaN."""
-    count = tl.zeros_like(i)
-    for k in tl.static_range(K):
-        weight, lse = load_side(side, k, i)
-        count += ((weight != weight) | (lse != lse)).to(tl.int32)
-    return tl.max(count) > 0
-
-
-@triton.jit
 def weighted_exp(s, positive, side, i, AXIS: tl.constexpr):
     """weight[k] exp(s - lse[k]), k the class of the pair, by the rows (AXIS 1) or by the columns (AXIS 0)."""
     weight, lse = load_side(side, 0, i)
-    weight, lse = tl.expand_dims(weight, AXIS), tl.expand_dims(lse, AXIS)
     if positive is not None:
         weight1, lse1 = load_side(side, 1, i)
-        weight = tl.where(positive, tl.expand_dims(weight1, AXIS), weight)
-        lse = tl.where(positive, tl.expand_dims(lse1, AXIS), lse)
+    weight, lse = tl.expand_dims(held(weight), AXIS), tl.expand_dims(held(lse), AXIS)
+    if positive is not None:
+        weight = tl.where(positive, tl.expand_dims(held(weight1), AXIS), weight)
+        lse = tl.where(positive, tl.expand_dims(held(lse1), AXIS), lse)
     return weight * exp(s - lse)  # (BN, BM)
 
 
 @triton.jit
-def lowest(row_lse, col_lse):
-    return tl.minimum(tl.min(row_lse), tl.min(col_lse))
+def extremes(side, i, K: tl.constexpr):
+    """The lowest and the highest log-sum-exp of each line i; the highest is +inf where a coefficient is NaN."""
+    low, high = float("inf"), float("-inf")
+    for k in tl.static_range(K):
+        weight, lse = load_side(side, k, i)
+        nan = (weight != weight) | (lse != lse)
+        low = tl.minimum(low, lse)
+        high = tl.maximum(high, tl.where(nan, float("inf"), tl.where(lse < float("inf"), lse, float("-inf"))))
+    return low, high
 
 
 @triton.jit
-def highest(row_lse, col_lse):
-    """Of the log-sum-exps that are finite; -inf of none."""
-    row_lse = tl.where(row_lse < float("inf"), row_lse, float("-inf"))
-    col_lse = tl.where(col_lse < float("inf"), col_lse, float("-inf"))
-    return tl.maximum(tl.max(row_lse), tl.max(col_lse))
+def range_of_sides(row, col, n, m, K: tl.constexpr, COLS: tl.constexpr):
+    """The lowest log-sum-exp of the rows n and the columns m, and the highest; that is +inf where a coefficient is NaN."""
+    low, high = extremes(row, n, K)
+    if COLS:
+        col_low, col_high = extremes(col, m, K)
+        if n.shape[0] == m.shape[0]:  # a reduction over all warps takes as long as two passes over the tile
+            low, high = tl.min(tl.minimum(low, col_low)), tl.max(tl.maximum(high, col_high))
+        else:
+            low, high = tl.minimum(tl.min(low), tl.min(col_low)), tl.maximum(tl.max(high), tl.max(col_high))
+    else:
+        low, high = tl.min(low), tl.max(high)
+    return low, high
 
 
 @triton.jit
-def shared_weight(low, row_weight, row_lse, col_weight, col_lse):
-    """a_i + b_j, (BN, BM)"""
+def shared_weight(low, row, col, k, n, m):
+    """a_i + b_j of class k, (BN, BM)"""
+    row_weight, row_lse = load_side(row, k, n)
+    col_weight, col_lse = load_side(col, k, m)
     a = row_weight * exp(low - row_lse)
     b = col_weight * exp(low - col_lse)
-    return a[:, None] + b[None, :]
+    return a[:, None] + held(b)[None, :]
 
 
 @triton.jit
-def two_sided_g(s, positive, row, col, n, m):
+def two_sided_g(s, low, high, positive, row, col, n, m):
     """G_ij = row_weight[k, i] exp(s_ij - row_lse[k, i]) + col_weight[k, j] exp(s_ij - col_lse[k, j])
 
     = exp(s_ij - low) (a_i + b_j), one exp per logit, where the log-sum-exps of the tile are close enough for one low.
     """
-    rw, rl = load_side(row, 0, n)  # (BN,)
-    cw, cl = load_side(col, 0, m)  # (BM,)
-    low, high = lowest(rl, cl), highest(rl, cl)
-    if positive is not None:
-        rw1, rl1 = load_side(row, 1, n)
-        cw1, cl1 = load_side(col, 1, m)
-        low, high = tl.minimum(low, lowest(rl1, cl1)), tl.maximum(high, highest(rl1, cl1))
     if high - low < SPREAD:
         low = tl.where(low < float("inf"), low, 0.0)  # of lines without pairs: any low will do
-        weight = shared_weight(low, rw, rl, cw, cl)
+        weight = shared_weight(low, row, col, 0, n, m)
         if positive is not None:
-            weight = tl.where(positive, shared_weight(low, rw1, rl1, cw1, cl1), weight)
+            weight = tl.where(positive, shared_weight(low, row, col, 1, n, m), weight)
         g = exp(s - low) * weight
     else:
         g = weighted_exp(s, positive, row, n, 1) + weighted_exp(s, positive, col, m, 0)
@@ -120,14 +120,14 @@ def two_sided_g(s, positive, row, col, n, m):
 @triton.jit
 def less_offset(g, positive, side, i, AXIS: tl.constexpr):
     """The G of the positives, less the offset of their row (AXIS 1) or of their column (AXIS 0)."""
-    offset = tl.load(side.offset + i)
+    offset = held(tl.load(side.offset + i))
     return tl.where(positive, g - tl.expand_dims(offset, AXIS), g)
 
 
 @triton.jit
-def softmax_g(s, positive, row, col, n, m, COLS: tl.constexpr):
+def softmax_g(s, low, high, positive, row, col, n, m, COLS: tl.constexpr):
     if COLS:
-        g = two_sided_g(s, positive, row, col, n, m)
+        g = two_sided_g(s, low, high, positive, row, col, n, m)
     else:
         g = weighted_exp(s, positive, row, n, 1)
     if row.offset is not None:
@@ -138,14 +138,14 @@ def softmax_g(s, positive, row, col, n, m, COLS: tl.constexpr):
 
 
 @triton.jit
-def symmetric_g(s, positive, row, n, m, diagonal):
+def symmetric_g(s, low, high, positive, row, n, m, diagonal):
     """(G + G^T)_ij of a problem whose columns are its rows."""
     if diagonal:
         # s_ij and s_ji may be rounded apart, and the log-sum-exp of line j has seen s_ji.
-        g = softmax_g(s, positive, row, row, n, m, False)
+        g = softmax_g(s, low, high, positive, row, row, n, m, False)
         g += g.T
     else:
-        g = softmax_g(s, positive, row, row, n, m, True)
+        g = softmax_g(s, low, high, positive, row, row, n, m, True)
     return g
 
 
@@ -171,6 +171,9 @@ def grad_kernel(
     n, m = tile_n * BN + tl.arange(0, BN), tile_m * BM + tl.arange(0, BM)
     rows, cols = load_vectors(block.rows, n), load_vectors(block.cols, m)
     whole = ((tile_n + 1) * BN <= N) & ((tile_m + 1) * BM <= M)
+    if not SIGMOID:  # before the logits, which take registers
+        K: tl.constexpr = 1 if POSITIVE is None else 2
+        low, high = range_of_sides(row, row if TRIANGULAR else col, n, m, K, TRIANGULAR or COLS)
     s = logits(acc, n, m, rows, cols, whole, block, DROP)  # (BN, BM)
 
     row_at = (tile_m.to(tl.int64) * tiles_n + tile_n) * BN + tl.arange(0, BN)
@@ -184,16 +187,10 @@ def grad_kernel(
     else:
         positive = POSITIVE(rows, cols) if POSITIVE is not None else None
         if TRIANGULAR:
-            g = symmetric_g(s, positive, row, n, m, tile_n == tile_m)
+            g = symmetric_g(s, low, high, positive, row, n, m, tile_n == tile_m)
         else:
-            g = softmax_g(s, positive, row, col, n, m, COLS)
-        K: tl.constexpr = 1 if POSITIVE is None else 2
-        nan = any_nan(row, n, K)
-        if TRIANGULAR:
-            nan |= any_nan(row, m, K)
-        elif COLS:
-            nan |= any_nan(col, m, K)
-        if nan:  # exp(-inf) is 0, but 0 times the NaN of a line is not
+            g = softmax_g(s, low, high, positive, row, col, n, m, COLS)
+        if high == float("inf"):  # exp(-inf) is 0, but 0 times the NaN of a line is not
             g = DROP(g, load_vectors(block.rows, n), load_vectors(block.cols, m), 0.0)  # again: not to keep them until here
 
     if row.offset is not None:
