@@ -74,9 +74,11 @@ class Block(NamedTuple):
 @functools.cache
 def machine_code() -> dict[str, list[Instruction]]:
     """By mangled name."""
-    import triton
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        import triton  # which brings one
 
-    tool = shutil.which("cuobjdump") or Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     text = subprocess.run([tool, "-sass", _C.__file__], capture_output=True, text=True, check=True).stdout
     functions = {}
     for name, body in re.findall(r"Function : (\S+)(.*?)(?=Function : |\Z)", text, re.DOTALL):
