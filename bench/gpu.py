@@ -20,14 +20,20 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 SOURCES = ("flashcl", "triton_kernels", "csrc", "tests", "bench/*.py", "setup.py", "pyproject.toml")
 KERNELS = ("cuda", "triton")
-UNTIL = dict(build=0.3, tests=0.55, sanitizer=0.66, bench=0.97)  # each stage ends at this share of the time
+UNTIL = dict(build=0.3, tests=0.66, sanitizer=0.66, bench=0.97)  # each stage ends at this share of the time
+# Most of a test's time is the host's, for compilers and dense formulas: several run at once. With more processes their contexts
+# and caches, about 2 GiB each, would leave the largest tests of an 80 GiB GPU no room.
+WORKERS = min(12, os.cpu_count() or 1)
+PARALLEL = ["-n", str(WORKERS), "--dist", "loadgroup"] if importlib.util.find_spec("xdist") else []
 TIMEOUT = ["--timeout", "120", "--timeout-method", "thread"] if importlib.util.find_spec("pytest_timeout") else []
 FLASHCL = [sys.executable, "-c", "import sys; from flashcl.cli import main; sys.exit(main())"]
 
@@ -42,8 +48,9 @@ def main() -> int:
         return 2
     check = Check(args.part, args.minutes * 60, Path(os.environ.get("OUT") or RESULTS))
     if check.build():
-        check.tests()
-        check.sanitizer()
+        with ThreadPoolExecutor(2) as pool:  # side by side: neither is timed
+            for stage in [pool.submit(check.tests), pool.submit(check.sanitizer)]:
+                stage.result()
         check.bench()
     return check.summary()
 
@@ -65,7 +72,6 @@ class Check:
         self.part, self.seconds, self.out = part, seconds, out
         self.start = time.monotonic()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.log = open(out / "gpu-log.txt", "a")
         self.environment = environment()
         os.environ.setdefault("FLASHCL_COMMIT", f"sources {self.environment['sources']}")  # of a copy without history
         self.state = dict(environment=self.environment, build="not done", tests={}, sanitizer={}, bench="not done")
@@ -90,29 +96,29 @@ class Check:
         print(f"[{time.monotonic() - self.start:4.0f} s] {stage}", file=sys.stderr, flush=True)
         if left <= 0:
             return None, ""
-        before = os.path.getsize(self.log.name)
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            cwd=ROOT,
-            # The folder triton_kernels must not shadow a package of that name.
-            env=os.environ | dict(PYTHONUNBUFFERED="1", PYTHONSAFEPATH="1") | environment,
-            stdout=self.log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            code = process.wait(left)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)  # also what it has started
-            process.wait()
-            code = None
-        except KeyboardInterrupt:
-            os.killpg(process.pid, 9)
-            self.save()
-            raise
-        with open(self.log.name, "rb") as written:
-            written.seek(before)
-            return code, written.read().decode(errors="replace")
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(
+                [str(word) for word in command],
+                cwd=ROOT,
+                # The folder triton_kernels must not shadow a package of that name.
+                env=os.environ | dict(PYTHONUNBUFFERED="1", PYTHONSAFEPATH="1") | environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                code = process.wait(left)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                if process.poll() is None:
+                    os.killpg(process.pid, 9)  # also what it has started
+                    process.wait()
+                output.seek(0)
+                text = output.read().decode(errors="replace")
+                with open(self.out / "gpu-log.txt", "a") as log:
+                    log.write(text)
+        return code, text
 
     # ---- the stages
 
@@ -152,7 +158,7 @@ class Check:
         todo.sort(key=lambda name: backend_of(name) not in KERNELS)  # what may be left is what also runs elsewhere
         code = 0
         while todo and code is not None:
-            code, text = self.run("tests", [*pytest, "-v", "--tb=short", *TIMEOUT, *todo])
+            code, text = self.run("tests", [*pytest, "-v", "--tb=short", *PARALLEL, *TIMEOUT, *todo])
             outcomes |= outcomes_in(text)
             todo = [name for name in todo if outcomes[name] == "not run"]
             if code in (2, 3, 4):  # pytest itself failed: see gpu-log.txt
@@ -162,33 +168,25 @@ class Check:
         self.save()
 
     def sanitizer(self) -> None:
-        tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-        for backend in KERNELS:
-            for check in ("memcheck", "racecheck"):
-                name = f"{backend} {check}"
-                if self.state["sanitizer"].get(name) == "clean":
-                    continue
-                if reason := self.not_usable(backend):
-                    self.state["sanitizer"][name] = f"nothing to check: {reason}"
-                elif tool is None:
-                    self.state["sanitizer"][name] = "not run: compute-sanitizer is not here"
-                else:
-                    watch = [
-                        tool,
-                        "--tool",
-                        check,
-                        "--error-exitcode",
-                        "9",
-                        # Calls of the driver that fail may be PyTorch's, which asks what there is.
-                        *(["--report-api-errors", "no"] if check == "memcheck" else []),
-                        sys.executable,
-                        "bench/small_shapes.py",
-                        backend,
-                    ]
-                    # Without PyTorch's cache an access beyond a tensor is one beyond its allocation.
-                    code, text = self.run("sanitizer", watch, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-                    self.state["sanitizer"][name] = sanitized(code, text)
+        checks = [(backend, check) for backend in KERNELS for check in ("memcheck", "racecheck")]
+        with ThreadPoolExecutor(len(checks)) as pool:
+            verdicts = pool.map(lambda which: self.watch(*which), checks)
+            self.state["sanitizer"] = {f"{backend} {check}": v for (backend, check), v in zip(checks, verdicts)}
         self.save()
+
+    def watch(self, backend: str, check: str) -> str:
+        tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+        if self.state["sanitizer"].get(f"{backend} {check}") == "clean":
+            return "clean"
+        if reason := self.not_usable(backend):
+            return f"nothing to check: {reason}"
+        if tool is None:
+            return "not run: compute-sanitizer is not here"
+        # Calls of the driver that fail may be PyTorch's, which asks what there is.
+        options = ["--report-api-errors", "no"] if check == "memcheck" else []
+        watch = [tool, "--tool", check, "--error-exitcode", "9", *options, sys.executable, "bench/small_shapes.py", backend]
+        # Without PyTorch's cache an access beyond a tensor is one beyond its allocation.
+        return sanitized(*self.run("sanitizer", watch, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
 
     def not_usable(self, backend: str) -> str | None:
         match = re.search(rf"^{backend} +not usable: (.*)$", self.state["build"], re.M)
@@ -284,8 +282,11 @@ def cause(text: str) -> str:
 
 
 def outcomes_in(text: str) -> dict[str, str]:
-    """{id: outcome} of what `pytest -v` printed; a test that was cut off has none."""
-    found = re.findall(r"^(tests/\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", text, re.M)
+    """{id: outcome} of what `pytest -v` printed, in one process or by workers; a test that was cut off has none."""
+    outcome, name = r"(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)", r"(tests/\S+\.py::.+?)"
+    found = re.findall(rf"^{name} {outcome}\b", text, re.M)
+    # A group that shares a worker stands behind the id: "...[cuda-1]@large".
+    found += [(n, o) for o, n in re.findall(rf"^\[gw\d+\] \[ *\d+%\] {outcome} {name}(?:@\w+)?\s*$", text, re.M)]
     return {name: {"XFAIL": "PASSED", "XPASS": "FAILED"}.get(outcome, outcome) for name, outcome in found}
 
 

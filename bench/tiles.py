@@ -3,7 +3,7 @@
     python bench/tiles.py                                                    all kernels, bfloat16, N = 16,384
     python bench/tiles.py --kernel grad --d 512 --tile 128,128,64,4,3 --tile 256,128,64,8,3
 
-A tile is BN,BM,BK,warps,stages. The library's products with G are left out: what is timed is the kernel, the small
+A tile is BN,BM,BK,warps,stages and perhaps GROUP. The library's products with G are left out: what is timed is the kernel, the small
 operations around it, and of a sweep the fold. A tile whose results are not those of the table's tile gets no time.
 """
 
@@ -105,7 +105,7 @@ def measure(kernel: str, n: int, d: int, dtype: torch.dtype, tiles: list[str], r
     of_table = entry(backend._arch(device), kernel, dtype)
     plans = {"table": backend.Plan(of_table.tile, of_table.square)}
     for text in tiles:
-        tile = dataclasses.replace(of_table.tile, **dict(zip(("BN", "BM", "BK", "warps", "stages"), map(int, text.split(",")))))
+        tile = dataclasses.replace(of_table.tile, **dict(zip(("BN", "BM", "BK", "warps", "stages", "GROUP"), map(int, text.split(",")))))
         plans[text] = backend.Plan(tile, tile if tile.BN == tile.BM else of_table.square)
     right, rows = call(plans["table"]), []
     for name, plan in plans.items():

@@ -58,11 +58,11 @@ class Grad {
   static constexpr int K = Program::CLASSES, R = Fragment::ROWS, C = Fragment::COLS;
 
  public:
-  struct Coefficients {  // a_i or b_j where the exp is shared, weight and lse where it is not
+  struct Coefficients {  // a_i or b_j and the shift where the exp is shared, weight and lse where it is not
     float weight[K][TILE], lse[K][TILE], offset[K == 2 ? TILE : 1];
   };
   struct Shared {
-    LogitVectors logits;  // less their shift where the exp is shared
+    LogitVectors logits;
     Coefficients row, col;
     typename TileSums<W>::Shared sums;
   };
@@ -78,16 +78,14 @@ class Grad {
     shared_ = two_sided_ ? lie_together() : K == 1;
     stage<W>(s_.logits.cols, a_.block.col_bias, tile_.m, at, float(LOG2E));
     stage<W>(s_.logits.rows, a_.block.row_bias, tile_.n, at, float(LOG2E));
-    const F lse = coefficients(s_.row, a_.row, tile_.n, at);
+    coefficients(s_.row, a_.row, tile_.n, at);
     coefficients(s_.col, a_.col, tile_.m, at);
-    const F shift = two_sided_ ? low_ : lse;
-    if (shared_) W::store(s_.logits.rows, at, W::load_shared(s_.logits.rows, at) - shift, B(true));
     pairs_.load(a_.block, seat_);
   }
 
   template <class Acc>
   FLASHCL_LANE void visit(Acc& acc) {
-    if (K == 2 || !pairs_.plain)
+    if (K == 2 || !pairs_.plain || a_.block.row_bias)
       shared_ ? visit_<false, true>(acc) : visit_<false, false>(acc);
     else if constexpr (K == 1)
       shared_ ? visit_<true, true>(acc) : visit_<true, false>(acc);
@@ -134,18 +132,16 @@ class Grad {
     low_ = W::min(low_, W::select(counts, lse, F(INF)));
   }
 
-  // Stages those of line `at`; returns the lse (of the last class).
-  FLASHCL_LANE F coefficients(Coefficients& to, const Side& side, int tile, I at) {
-    F lse;
+  // Stages those of line `at`.
+  FLASHCL_LANE void coefficients(Coefficients& to, const Side& side, int tile, I at) {
+    const bool low = shared_ && two_sided_;
     FLASHCL_UNROLL
     for (int k = 0; k < K; ++k) {
       const Coefficient<W> line(side, k, tile, at);
-      lse = line.lse;
-      W::store(to.weight[k], at, shared_ && two_sided_ ? line.weight * W::exp2(low_ - lse) : line.weight, B(true));
-      W::store(to.lse[k], at, lse, B(true));
+      W::store(to.weight[k], at, low ? line.weight * W::exp2(low_ - line.lse) : line.weight, B(true));
+      W::store(to.lse[k], at, low ? low_ : line.lse, B(true));
     }
     if constexpr (K == 2) stage<W>(to.offset, side.offset, tile, at);
-    return lse;
   }
 
   // A row or a column that a lane meets.
@@ -172,7 +168,7 @@ class Grad {
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
       // Anew for every chunk: registers, and it keeps the compiler to their order.
       if constexpr (K == 2) pairs_.forget();
-      const Logits<W> logits(scale_, s_.logits, seat_);
+      const Logits<W> logits{scale_, s_.logits, seat_};
       Line row[R];
       FLASHCL_UNROLL
       for (int r = 0; r < R; ++r) row[r] = Line(s_.row, seat_.row(r));
@@ -184,14 +180,16 @@ class Grad {
         for (int r = 0; r < R; ++r) {
           const int i = Fragment::place(r, chunk, q);
           const F product = acc[i];
-          const F t = PLAIN ? logits.plain(product, r) : logits.of(product, r, at);
+          const auto exp_less = [&](F shift) {
+            return W::exp2(PLAIN ? logits.plain(product, shift) : logits.of(product, shift, r, at));
+          };
           const B positive = pairs_.positive(i);
           const F a = row[r].of(positive, row[r].weight), b = col.of(positive, col.weight);
           F g;
-          if (SHARED)
-            g = W::exp2(t) * (a + b);
+          if (SHARED)  // with two classes they have the same shift
+            g = exp_less(row[r].lse[0]) * (a + b);
           else
-            g = W::fma(a, W::exp2(t - row[r].of(positive, row[r].lse)), b * W::exp2(t - col.of(positive, col.lse)));
+            g = W::fma(a, exp_less(row[r].of(positive, row[r].lse)), b * exp_less(col.of(positive, col.lse)));
           if (K == 2) g = g - W::select(positive, row[r].offset + col.offset, F(0.0f));
           if (!PLAIN) g = W::select(pairs_.dropped(i), F(0.0f), g);
           sums.scaled = W::fma(g, product - F(about_), sums.scaled);

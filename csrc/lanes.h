@@ -72,6 +72,9 @@ struct Thread {
     asm volatile("" : "+f"(x)::"memory");
     return x;
   }
+  // i, but not before x is known: loads that need it are not begun earlier, all at once. `zero` is 0, unknown to the compiler.
+  static FLASHCL_LANE I after(F x, I i, int zero) { return i + (__float_as_int(x) & zero); }
+  static FLASHCL_LANE float after(F x, float y, int zero) { return __int_as_float(after(x, __float_as_int(y), zero)); }
   // x by way of the shuffle unit: what two passes over a tile have in common, ptxas would keep from the first to the
   // second.
   template <class T>
@@ -221,6 +224,10 @@ struct Warp {
     return largest;
   }
   static F settled(const F& x) { return x; }
+  template <class T>
+  static T after(const F&, const T& i, int) {
+    return i;
+  }
   template <class T>
   static T forgotten(const T& x) {
     return x;

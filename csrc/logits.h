@@ -120,39 +120,40 @@ FLASHCL_LANE void stage(float (&to)[TILE], const float* p, int tile, typename W:
 
 // What the logits of a tile are made of, in bits.
 struct LogitVectors {
-  float rows[TILE], cols[TILE];  // their biases; those of the rows may have been shifted
+  float rows[TILE], cols[TILE];  // their biases
 };
 
-// The logits of the rows that a lane meets. Masks are applied by the caller, who needs them for other things, too.
+// The logits of the rows that a lane meets, less a shift. Masks are applied by the caller, who needs them for other
+// things, too.
+//
+// A logit and its shift may be hundreds of bits, of which the rounding would be seen in 2^(t - shift): the shift is
+// subtracted in the multiplication, before anything is rounded, and biases are added to the small number that is left.
+// For rows without bias, the first is all.
 template <class W>
 struct Logits {
   using F = typename W::F;
 
   float scale;
   const LogitVectors& vectors;
-  F rows[Fragment::ROWS];
+  Seat<W> seat;
 
-  FLASHCL_LANE Logits(float scale, const LogitVectors& vectors, const Seat<W>& seat) : scale(scale), vectors(vectors) {
-    FLASHCL_UNROLL
-    for (int r = 0; r < Fragment::ROWS; ++r) rows[r] = W::load_shared(vectors.rows, seat.row(r));
+  // Of a product, where there are no biases; then of one in row r and column `at`, where there may be.
+  FLASHCL_LANE F plain(F product, F shift) const { return W::fma(product, F(scale), F(0.0f) - shift); }
+  FLASHCL_LANE F of(F product, F shift, int r, typename W::I at) const {
+    return plain(product, shift) + row(r) + W::load_shared(vectors.cols, at);
   }
+  FLASHCL_LANE F row(int r) const { return W::load_shared(vectors.rows, seat.row(r)); }
 
-  // All less one shift: it costs nothing, since it goes into the biases.
-  FLASHCL_LANE Logits less(F shift) const {
-    Logits out = *this;
-    for (F& bias : out.rows) bias = bias - shift;
-    return out;
-  }
-
-  // Of a product in row r, where columns have no bias; then of one in column `at`, where they may have.
-  FLASHCL_LANE F plain(F product, int r) const { return W::fma(product, F(scale), rows[r]); }
-  FLASHCL_LANE F of(F product, int r, typename W::I at) const {
-    return plain(product, r) + W::load_shared(vectors.cols, at);
+  // Loads no more before x is known (see Thread::after).
+  FLASHCL_LANE void wait_for(F x, int zero) {
+    scale = W::after(x, scale, zero);
+    seat.lane = W::after(x, seat.lane, zero);
   }
 
   // For another pass: nothing of the last one is worth keeping.
   FLASHCL_LANE void forget() {
-    for (F& bias : rows) bias = W::forgotten(bias);
+    scale = W::forgotten(scale);
+    seat.lane = W::forgotten(seat.lane);
   }
 };
 

@@ -65,7 +65,7 @@ class Sigmoid {
     FLASHCL_UNROLL
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
       // Anew for every chunk: it keeps the compiler to their order. All at once, most of them would wait for registers.
-      const Logits<W> logits(scale_, s_.logits, seat_);
+      const Logits<W> logits{scale_, s_.logits, seat_};
       FLASHCL_UNROLL
       for (int r = 0; r < R; ++r) weight[r] = W::load_shared(s_.weight, seat_.row(r));
       FLASHCL_UNROLL
@@ -74,7 +74,7 @@ class Sigmoid {
         for (int r = 0; r < R; ++r) {
           const int i = Fragment::place(r, chunk, q);
           const F product = acc[i];
-          F t = PLAIN ? logits.plain(product, r) : logits.of(product, r, seat_.col(chunk, q));
+          F t = PLAIN ? logits.plain(product, -logits.row(r)) : logits.of(product, 0.0f, r, seat_.col(chunk, q));
           if (!PLAIN) t = W::select(pairs_.dropped(i), F(-INF), t);
           const Soft<W> soft(t);
           plus[r] = soft.added_to(plus[r]);

@@ -102,7 +102,7 @@ class Sweep {
     if (k == 1)
       served = shared_top<false, K - 1>(acc);
     else
-      served = pairs_.plain ? shared_top<K == 1, 0>(acc) : shared_top<false, 0>(acc);
+      served = pairs_.plain && !a_.block.row_bias ? shared_top<K == 1, 0>(acc) : shared_top<false, 0>(acc);
     if (!served) own_tops(acc, k);
   }
 
@@ -117,13 +117,13 @@ class Sweep {
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) store_col(k, chunk, F(-INF), F(0.0f));
   }
 
-  // The logit of a pair of the class at hand, else -inf. acc keeps the products: there are not registers enough for
+  // The logit of a pair of the class at hand less a shift, else -inf. acc keeps the products: there are not registers enough for
   // logits beside them, and the compiler does not see that they need not be beside them.
   template <bool PLAIN = false, class Acc>
-  FLASHCL_LANE F member(const Logits<W>& logits, const Acc& acc, int r, int chunk, int q) const {
+  FLASHCL_LANE F member(const Logits<W>& logits, F shift, const Acc& acc, int r, int chunk, int q) const {
     const int i = Fragment::place(r, chunk, q);
-    if (PLAIN) return logits.plain(acc[i], r);
-    return W::select(W::has(members_[i / 32], i % 32), logits.of(acc[i], r, seat_.col(chunk, q)), F(-INF));
+    if (PLAIN) return logits.plain(acc[i], shift);
+    return W::select(W::has(members_[i / 32], i % 32), logits.of(acc[i], shift, r, logits.seat.col(chunk, q)), F(-INF));
   }
 
   FLASHCL_LANE Logits<W> logits() const { return {scale_, s_.logits, seat_}; }
@@ -141,7 +141,7 @@ class Sweep {
     F tops[4] = {F(-INF), F(-INF), F(-INF), F(-INF)};  // 4 chains: in one each maximum would wait for the last
     FLASHCL_UNROLL
     for (int i = 0; i < R * LOOKED_AT * C; ++i)
-      tops[i % 4] = W::max(tops[i % 4], member<PLAIN>(logits, acc, i / (LOOKED_AT * C), i / C % LOOKED_AT, i % C));
+      tops[i % 4] = W::max(tops[i % 4], member<PLAIN>(logits, 0.0f, acc, i / (LOOKED_AT * C), i / C % LOOKED_AT, i % C));
     return W::warp_max(W::max(W::max(tops[0], tops[1]), W::max(tops[2], tops[3])));
   }
 
@@ -150,8 +150,7 @@ class Sweep {
   FLASHCL_LANE bool shared_top(const Acc& acc) {
     Logits<W> all = logits();
     const F top = or_zero<W>(some_top<PLAIN, k>(all, acc));
-    if constexpr (K == 2) next_pass(all);
-    const Logits<W> shifted = all.less(top);
+    if constexpr (!PLAIN) next_pass(all);
     // Of the totals. A NaN is passed over: its line is NaN under any top.
     F row[R], least = F(1.0f), most = F(1.0f);
     for (F& sum : row) sum = F(0.0f);
@@ -163,7 +162,7 @@ class Sweep {
         col[q] = F(0.0f);
         FLASHCL_UNROLL
         for (int r = 0; r < R; ++r) {
-          const F t = member<PLAIN>(shifted, acc, r, chunk, q), e = W::exp2(t);
+          const F t = member<PLAIN>(all, top, acc, r, chunk, q), e = W::exp2(t);
           row[r] += e;
           col[q] += e;
           // Most lines have no positive at all: their total of 0 tells nothing, the smallest of the terms does.
@@ -194,38 +193,49 @@ class Sweep {
   template <class Acc>
   FLASHCL_LANE void own_tops(const Acc& acc, int k) {
     Logits<W> all = logits();
+    const int zero = a_.block.N >> 31;
     FLASHCL_UNROLL
     for (int r = 0; r < R; ++r) {
       next_pass(all);
       F top = F(-INF), total = F(0.0f);
       FLASHCL_UNROLL
-      for (int i = 0; i < 4 * C; ++i) top = W::max(top, member(all, acc, r, i / C, i % C));
+      for (int i = 0; i < 4 * C; ++i) {
+        if (i % C == 0) all.wait_for(top, zero);
+        top = W::max(top, member(all, 0.0f, acc, r, i / C, i % C));
+      }
       top = quad_max<W>(top);
       const F shift = or_zero<W>(top);
       next_pass(all);
       FLASHCL_UNROLL
-      for (int i = 0; i < 4 * C; ++i) total += W::exp2(member(all, acc, r, i / C, i % C) - shift);
+      for (int i = 0; i < 4 * C; ++i) {
+        if (i % C == 0) all.wait_for(total, zero);
+        total += W::exp2(member(all, shift, acc, r, i / C, i % C));
+      }
       store_row(k, r, top, quad_sum<W>(total));
     }
     if (!cols_) return;
     FLASHCL_UNROLL
     for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk) {
       next_pass(all);
-      F top[C], total[C];
+      F own_top = F(0.0f), own_total = F(0.0f);
       FLASHCL_UNROLL
       for (int q = 0; q < C; ++q) {
-        top[q] = F(-INF);
+        F top = F(-INF), total = F(0.0f);
         FLASHCL_UNROLL
-        for (int r = 0; r < R; ++r) top[q] = W::max(top[q], member(all, acc, r, chunk, q));
-        // Not butterfly: every lane needs the top of every column that it meets.
+        for (int r = 0; r < R; ++r) top = W::max(top, member(all, 0.0f, acc, r, chunk, q));
         FLASHCL_UNROLL
-        for (int mask = 4; mask <= 16; mask *= 2) top[q] = W::max(top[q], W::shuffle_xor(top[q], mask));
-        total[q] = F(0.0f);
+        for (int mask = 4; mask <= 16; mask *= 2) top = W::max(top, W::shuffle_xor(top, mask));
+        const F shift = or_zero<W>(top);
         FLASHCL_UNROLL
-        for (int r = 0; r < R; ++r) total[q] += W::exp2(member(all, acc, r, chunk, q) - or_zero<W>(top[q]));
+        for (int r = 0; r < R; ++r) total += W::exp2(member(all, shift, acc, r, chunk, q));
+        FLASHCL_UNROLL
+        for (int mask = 4; mask <= 16; mask *= 2) total += W::shuffle_xor(total, mask);
+        const B own = seat_.lane / 4 == I(q);  // as butterfly leaves them
+        own_top = W::select(own, top, own_top);
+        own_total = W::select(own, total, own_total);
+        all.wait_for(own_total, zero);
       }
-      const F sum = butterfly<W, Add>(total, seat_.lane), highest = butterfly<W, Max>(top, seat_.lane);
-      store_col(k, chunk, highest, sum);
+      store_col(k, chunk, own_top, own_total);
     }
   }
 
@@ -254,7 +264,7 @@ class Sweep {
         col[q] = F(0.0f);
         FLASHCL_UNROLL
         for (int r = 0; r < R; ++r) {
-          const F t = member(all, acc, r, chunk, q);
+          const F t = member(all, 0.0f, acc, r, chunk, q);
           const B counts = t != F(-INF);
           row[r] += W::select(counts, W::fma(t, F(float(LN2)), -row_center[r]), F(0.0f));
           col[q] += W::select(counts, W::fma(t, F(float(LN2)), -center), F(0.0f));

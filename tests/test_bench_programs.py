@@ -153,6 +153,18 @@ tests/test_gpu.py::test_shapes[triton-1-1] FAILED [ 75%]
 tests/test_gpu.py::test_cut_off[cuda-1]
 FAILED tests/test_gpu.py::test_shapes[triton-1-1] - AssertionError
 """
+OUTPUT_OF_WORKERS = """
+scheduling tests via LoadGroupScheduling
+
+tests/test_gpu.py::test_cut_off[cuda-1]
+tests/test_gpu.py::test_contract[triton-dtype0-info_nce one-way-init]
+[gw0] [  2%] PASSED tests/test_gpu.py::test_contract[triton-dtype0-info_nce one-way-init]
+tests/test_gpu.py::test_beyond_2_to_the_31[cuda-(4300000, 96, 512)]@large
+[gw1] [ 50%] SKIPPED tests/test_gpu.py::test_contract[torch-dtype0-siglip-init]
+[gw1] [ 75%] PASSED tests/test_gpu.py::test_beyond_2_to_the_31[cuda-(4300000, 96, 512)]@large
+[gw0] [100%] FAILED tests/test_gpu.py::test_shapes[triton-1-1]
+FAILED tests/test_gpu.py::test_shapes[triton-1-1] - AssertionError
+"""
 
 
 def test_what_info_says_of_a_backend_is_understood(monkeypatch, tmp_path):
@@ -179,6 +191,8 @@ def test_outcomes_are_read_from_pytest():
         "test_contract[torch-dtype0-siglip-init]": "SKIPPED",
         "test_shapes[triton-1-1]": "FAILED",
     }
+    large = {"test_beyond_2_to_the_31[cuda-(4300000, 96, 512)]": "PASSED"}
+    assert {k.split("::")[1]: v for k, v in gpu.outcomes_in(OUTPUT_OF_WORKERS).items()} == found | large
     backends = [
         gpu.backend_of(name) for name in (*gpu.outcomes_in(PYTEST_OUTPUT), "tests/test_gpu.py::test_float64[siglip]")
     ]

@@ -278,6 +278,7 @@ def check_samples(x, y, scale, u, v, row_lse, col_lse, dx, dy, generator, block=
         assert error.max() < 2e-2, f"row {error.argmax().item()} of the sample"  # of one bfloat16 row
 
 
+@pytest.mark.xdist_group("large")  # one at a time
 @pytest.mark.parametrize("n, m, d", [(4_300_000, 96, 512), (96, 4_300_000, 512), (70_000, 70_003, 64)], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_beyond_2_to_the_31(backend, n, m, d):
