@@ -71,7 +71,7 @@ void run(const Args& args) {
   const Schedule schedule = args.block.schedule();
   const auto acc = std::make_unique<Fragments>();
   for (int unit = 0; unit < schedule.units(); ++unit)
-    for (int rank = 0; rank < CLUSTER * CLUSTER; ++rank) {
+    for (int rank = 0; rank < CLUSTER; ++rank) {
       const Place tile = schedule.at(unit, rank);
       if (!schedule.wanted(tile)) continue;
       const auto shared = std::make_unique<typename Epilogue::Shared>();

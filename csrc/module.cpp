@@ -322,7 +322,7 @@ nb::list schedule(int tiles_n, int tiles_m, bool triangular) {
   const flashcl::Schedule s{tiles_n, tiles_m, triangular};
   nb::list out;
   for (int unit = 0; unit < s.units(); ++unit)
-    for (int rank = 0; rank < flashcl::CLUSTER * flashcl::CLUSTER; ++rank) {
+    for (int rank = 0; rank < flashcl::CLUSTER; ++rank) {
       const flashcl::Place tile = s.at(unit, rank);
       out.append(nb::make_tuple(unit, rank, tile.n, tile.m, s.wanted(tile)));
     }

@@ -2,7 +2,8 @@
 //
 //     G_ij = weight_i sigmoid(s_ij).
 //
-// Both come from one exp(-|s|). Dropped pairs have s = -inf, where both are 0. Logits are in bits.
+// Both come from one exp(-|s|), and from fewer terms of it where no logit of a warp is near 0. Dropped pairs have
+// s = -inf, where both are 0. Logits are in bits.
 #pragma once
 
 #include "logits.h"
@@ -44,7 +45,12 @@ class Sigmoid {
 
   template <class Acc>
   FLASHCL_LANE void visit(Acc& acc) {
-    pairs_.plain ? visit_<true>(acc) : visit_<false>(acc);
+    if (!pairs_.plain)
+      visit_<false, Soft<W>>(acc);
+    else if (far(acc))
+      visit_<true, FarSoft<W>>(acc);
+    else
+      visit_<true, Soft<W>>(acc);
   }
 
   FLASHCL_LANE void finish() { TileSums<W>(a_.sums, a_.block, seat_, s_.sums).finish(); }
@@ -57,7 +63,23 @@ class Sigmoid {
   Pairs<W, Program> pairs_;
   float scale_;
 
-  template <bool PLAIN, class Acc>
+  // Whether all logits of the warp are below FAR, by the largest product of each row. Of NaN both ways give NaN.
+  template <class Acc>
+  FLASHCL_LANE bool far(const Acc& acc) const {
+    if (!(scale_ > 0.0f)) return false;
+    const Logits<W> logits{scale_, s_.logits, seat_};
+    typename W::B near = false;
+    FLASHCL_UNROLL
+    for (int r = 0; r < R; ++r) {
+      F top = F(-INF);
+      FLASHCL_UNROLL
+      for (int i = 0; i < Fragment::CHUNKS * C; ++i) top = W::max(top, acc[Fragment::place(r, i / C, i % C)]);
+      near = near | !(logits.plain(top, -logits.row(r)) <= F(FAR));
+    }
+    return !W::any(near);
+  }
+
+  template <bool PLAIN, class Soft, class Acc>
   FLASHCL_LANE void visit_(Acc& acc) {
     F weight[R], plus[R];
     for (F& sum : plus) sum = F(0.0f);
@@ -76,7 +98,7 @@ class Sigmoid {
           const F product = acc[i];
           F t = PLAIN ? logits.plain(product, -logits.row(r)) : logits.of(product, 0.0f, r, seat_.col(chunk, q));
           if (!PLAIN) t = W::select(pairs_.dropped(i), F(-INF), t);
-          const Soft<W> soft(t);
+          const Soft soft(t);
           plus[r] = soft.added_to(plus[r]);
           const F g = weight[r] * soft.sigmoid();
           sums.scaled = W::fma(g, product, sums.scaled);

@@ -9,12 +9,12 @@ namespace flashcl {
 // 192 would leave 40 for an epilogue with coefficients of rows and columns.
 constexpr int TILE = 128;
 
-// A cluster is 2 x 2 CTAs with a tile each: pieces of x come from L2 once for the two beside each other, those of y
-// once for the two below each other. That is 128 FLOP per byte where 2 x 1 has 85 and a tile alone 64: what L2 delivers
-// is the limit here.
+// A cluster is two CTAs, with a tile each, one below the other: pieces of y come from L2 once for both. Clusters of 2 x 2
+// would ask less of L2, but all four would wait for each other, and on an H200 four of 132 processors would have no
+// cluster: 3 to 8 % slower (bench/NOTES.md).
 constexpr int CLUSTER = 2;
 
-// Rows of clusters that run together: 4 x 256 rows of x stay in L2 while y passes by.
+// Rows of units that run together: 4 x 256 rows of x stay in L2 while y passes by.
 constexpr unsigned GROUP = 4;
 
 FLASHCL_BOTH int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -41,22 +41,26 @@ FLASHCL_BOTH Place folded(int u, int size) {
   return {size - 1 + odd - at.n, at.m - 1 + odd};
 }
 
-// The work of a launch. A unit is what a cluster does at a time, CLUSTER x CLUSTER tiles. Units number far less than
-// 2^31: blocks are bounded by the workspace.
+// The work of a launch. A unit is what a cluster does at a time, CLUSTER tiles one below the other. Units number far less
+// than 2^31: blocks are bounded by the workspace.
 struct Schedule {
   int tiles_n, tiles_m;
   bool triangular;  // only the tiles on and above the diagonal
 
   FLASHCL_BOTH int units() const {
     const int n = ceil_div(tiles_n, CLUSTER);
-    return triangular ? n * (n + 1) / 2 : n * ceil_div(tiles_m, CLUSTER);
+    return triangular ? CLUSTER * (n * (n + 1) / 2) : n * tiles_m;
   }
 
-  // The tile of a CTA: `rank` in its cluster counts down first, as blockIdx does.
+  // The tile of a CTA, `rank` in its cluster. Triangles are walked square by square, CLUSTER units beside each other.
   FLASHCL_BOTH Place at(int unit, int rank) const {
-    const int n = ceil_div(tiles_n, CLUSTER), m = ceil_div(tiles_m, CLUSTER);
-    const Place square = triangular ? folded(unit, n) : grouped(unit, n, m);
-    return {CLUSTER * square.n + rank % CLUSTER, CLUSTER * square.m + rank / CLUSTER};
+    const int n = ceil_div(tiles_n, CLUSTER);
+    if (!triangular) {
+      const Place place = grouped(unit, n, tiles_m);
+      return {CLUSTER * place.n + rank, place.m};
+    }
+    const Place square = folded(unit / CLUSTER, n);
+    return {CLUSTER * square.n + rank, CLUSTER * square.m + unit % CLUSTER};
   }
 
   // Units reach past the edges and below the diagonal by less than themselves: such a tile is computed and thrown away.

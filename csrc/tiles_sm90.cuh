@@ -3,8 +3,8 @@
 //
 // A CTA has three warpgroups. One warp of the first is the producer: it asks the copy engine for pieces of x and y,
 // STAGES of them in flight. The other two are consumers that take turns, each with a whole tile of its own: while one
-// multiplies, the other one runs its epilogue. CTAs are persistent, as many as the GPU holds, in clusters of 2 x 2 that
-// share x and y.
+// multiplies, the other one runs its epilogue. CTAs are persistent, as many as the GPU holds, in clusters of two that share
+// y.
 //
 // An epilogue (sweep.h, grad.h, sigmoid.h) is three steps, with a barrier of its warpgroup after each of the first two:
 //     load     before the product is there: coefficients to shared memory
@@ -41,9 +41,10 @@ template <class Element, class Args, class Epilogue, bool WRITES_G>
 struct TilesKernel {
   // 64 of D in a step: 128 bytes, the widest swizzle of shared memory.
   using TileShape = Shape<Int<TILE>, Int<TILE>, _64>;
-  using Cluster = Shape<Int<CLUSTER>, Int<CLUSTER>, _1>;
-  // A stage is 32 KiB: 6 of them, or 4 beside the two tiles of G on their way out, fit the 227 KiB of a CTA.
-  static constexpr int STAGES = WRITES_G ? 4 : 6;
+  using Cluster = Shape<Int<CLUSTER>, _1, _1>;
+  // A stage is 32 KiB: 6 of them, or 5 beside a tile of G on its way out, fit the 227 KiB of a CTA. With 4 the copies are
+  // too late: a quarter slower on an H200 (bench/NOTES.md).
+  static constexpr int STAGES = WRITES_G ? 5 : 6;
 
   using Operand = Stride<int64_t, _1, int64_t>;  // row-major, K contiguous; the batch of 1 is CUTLASS's
   using TiledMma = decltype(make_tiled_mma(
@@ -53,10 +54,12 @@ struct TilesKernel {
   using Mainloop = cutlass::gemm::collective::CollectiveMma<
       cutlass::gemm::MainloopSm90TmaGmmaWarpSpecialized<STAGES, Cluster, Pingpong>,
       TileShape, Element, Operand, Element, Operand, TiledMma,
-      SM90_TMA_LOAD_MULTICAST, Swizzled, void, identity,   // each CTA loads half of its x and gives it to the one beside it
-      SM90_TMA_LOAD_MULTICAST, Swizzled, void, identity>;  // and half of its y, for the one below
+      SM90_TMA_LOAD, Swizzled, void, identity,             // each CTA loads its x
+      SM90_TMA_LOAD_MULTICAST, Swizzled, void, identity>;  // and half of the y of both
   using Pipeline = typename Mainloop::MainloopPipeline;
-  using Order = cutlass::OrderedSequenceBarrier<1, 2>;
+  // The consumers take turns at two things: the tensor cores and, where there is a G, the tile of shared memory that it
+  // leaves from.
+  using Order = cutlass::OrderedSequenceBarrier<WRITES_G ? 2 : 1, 2>;
 
   using GLayout = decltype(tile_to_shape(Swizzled{}, Shape<Int<TILE>, Int<TILE>>{}));
   using GMemory = decltype(make_layout(make_shape(0, 0), make_stride(int64_t{}, _1{})));
@@ -76,7 +79,7 @@ struct TilesKernel {
 
   struct alignas(1024) Shared {
     typename Mainloop::TensorStorage mainloop;
-    cute::conditional_t<WRITES_G, GTile, Nothing> g[2];
+    cute::conditional_t<WRITES_G, GTile, Nothing> g;
     typename Epilogue::Shared epilogue[2];
     typename Pipeline::SharedStorage pipeline;
     typename Order::SharedStorage order;
@@ -165,25 +168,26 @@ struct TilesKernel {
       mainloop.mma_tail(pipeline, state, steps);
       warpgroup_fence_operand(acc);  // its last products are awaited in mma_tail: nothing reads them before
       state.advance(2 * steps);
-      if (!wanted) continue;
 
-      // Coefficients are there, and G of the last tile has left shared memory.
-      if constexpr (WRITES_G) {
-        if (thread == 0) tma_store_wait<0>();
+      if (!wanted) {
+        if constexpr (WRITES_G) order.wait(), order.arrive();
+        continue;
       }
-      barrier(turn);
+      barrier(turn);  // coefficients are there
       epilogue.visit(acc);
       if constexpr (WRITES_G) {
-        if (params.args.out.g) stage(acc, shared.g[turn], thread);
+        order.wait();  // the G of the other consumer has left shared memory
+        if (params.args.out.g) stage(acc, shared.g, thread);
+        barrier(turn);  // G of all four warps is there
+        if (params.args.out.g && thread == 0) store(params, shared.g, tile);
+      } else {
+        barrier(turn);
       }
-      barrier(turn);  // column sums and G of all four warps are there
-      epilogue.finish();
+      epilogue.finish();  // column sums of all four warps are there
       if constexpr (WRITES_G) {
-        if (params.args.out.g && thread == 0) store(params, shared.g[turn], tile);
+        if (thread == 0) tma_store_wait<0>();
+        order.arrive();
       }
-    }
-    if constexpr (WRITES_G) {
-      if (thread == 0) tma_store_wait<0>();  // shared memory has to outlive the copy
     }
   }
 
@@ -281,7 +285,7 @@ bool fragment_is_right() {
 
 // Clusters of a launch that the current device runs at a time. It is asked once: an answer takes longer than a launch.
 //
-// Not processors / 4: a part of the GPU whose processors are no multiple of 4 leaves some idle, and a cluster too many
+// Not processors / 2: a part of the GPU whose processors are no multiple of 2 leaves one idle, and a cluster too many
 // would begin its share of the units when all others are done.
 template <class Kernel>
 cudaError_t clusters_at_a_time(cudaLaunchConfig_t config, int* out) {
@@ -305,9 +309,9 @@ template <class Kernel, class Args>
 cudaError_t launch_tiles(const Args& args, cudaStream_t stream) {
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim = {CLUSTER, CLUSTER, 1};
+  cluster.val.clusterDim = {CLUSTER, 1, 1};
   constexpr size_t bytes = sizeof(typename Kernel::Shared);
-  cudaLaunchConfig_t config{dim3(CLUSTER, CLUSTER), dim3(THREADS), bytes, stream, &cluster, 1};
+  cudaLaunchConfig_t config{dim3(CLUSTER), dim3(THREADS), bytes, stream, &cluster, 1};
   int fitting;
   if (cudaError_t error = clusters_at_a_time<Kernel>(config, &fitting)) return cudaGetLastError(), error;
   config.gridDim.x = CLUSTER * std::min(args.block.schedule().units(), fitting);

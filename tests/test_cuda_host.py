@@ -187,30 +187,27 @@ def test_a_walk_meets_every_tile_once(tiles_n, tiles_m, triangular):
     wanted = [(n, m) for _, _, n, m, counts in walk if counts]
     every = [(n, m) for n in range(tiles_n) for m in range(tiles_m) if not triangular or m >= n]
     assert sorted(wanted) == every
-    # Beside them only what the squares of two by two have past the edges and below the diagonal.
-    assert len(walk) - len(wanted) <= (2 * tiles_n + 1 if triangular else tiles_n + tiles_m + 1)
+    # Beside them only what pairs, in a triangle squares of two by two, have past the edges and below the diagonal.
+    assert len(walk) - len(wanted) <= (2 * tiles_n + 1 if triangular else tiles_m)
 
 
 @given(tiles_n=st.integers(1, 40), tiles_m=st.integers(1, 40), triangular=st.booleans())
-def test_the_ctas_of_a_cluster_share_rows_and_columns(tiles_n, tiles_m, triangular):
+def test_the_ctas_of_a_cluster_share_columns(tiles_n, tiles_m, triangular):
     walk = _C.schedule(tiles_n, tiles_n if triangular else tiles_m, triangular)
-    for unit, square in enumerate(zip(*[iter(walk)] * 4)):
-        n, m = square[0][2:4]
-        assert n % 2 == m % 2 == 0
-        assert [tile[:4] for tile in square] == [
-            (unit, 0, n, m),
-            (unit, 1, n + 1, m),
-            (unit, 2, n, m + 1),
-            (unit, 3, n + 1, m + 1),
-        ]
+    for unit, pair in enumerate(zip(*[iter(walk)] * 2)):
+        n, m = pair[0][2:4]
+        assert n % 2 == 0
+        assert [tile[:4] for tile in pair] == [(unit, 0, n, m), (unit, 1, n + 1, m)]
 
 
 def test_a_wave_shares_rows_and_columns():
-    """The tiles that run together on 128 processors read little of x and y: a square would read 23 of their tiles."""
+    """The tiles that run together on 132 processors read little of x and y: a square would read 23 of their tiles."""
     walk = _C.schedule(512, 512, False)
-    for start in range(0, len(walk) - 128, 128):
-        wave = walk[start : start + 128]
-        assert len({n for _, _, n, _, _ in wave}) + len({m for _, _, _, m, _ in wave}) <= 26
+    read = []
+    for start in range(0, len(walk) - 132, 132):
+        wave = walk[start : start + 132]
+        read.append(len({n for _, _, n, _, _ in wave}) + len({m for _, _, _, m, _ in wave}))
+    assert sum(read) / len(read) < 26 and max(read) < 35  # the largest where one group of rows ends and the next begins
 
 
 def test_every_accumulator_has_a_place():

@@ -571,6 +571,7 @@ std::map<std::string, Handler> collective_operations() {
       {"mbarrier.try_wait.parity.shared.b64", mbarrier_wait},
       {"cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint",
        copy_in<3, true>},
+      {"cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint", copy_in<3, false>},
       {"cp.async.bulk.tensor.2d.global.shared.bulk_group", copy_out<2>},
       {"cp.async.bulk.commit_group", [](Thread& t, const Instruction&) { return t.stores.emplace_back(), Then::NEXT; }},
       {"cp.async.bulk.wait_group.read", copies_wait<&Thread::stores>},
