@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import time
 from dataclasses import replace
 
 import torch
@@ -32,6 +34,9 @@ def main() -> None:
                 torch.cuda.synchronize()
             print(f"{backend} {loss} {dtype}", flush=True)
     print("all shapes done", flush=True)
+    # What autograd's thread still holds of a graph, it may release while Python shuts down, and abort: seen under the sanitizer.
+    gc.collect()
+    time.sleep(2)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 //
 // Tensors on the CPU are emulated (emulate.cpp). Shapes are checked here, once, for both.
 #include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 
 #include <optional>
@@ -15,6 +14,7 @@
 
 #include "device.h"
 #include "kernels.h"
+#include "tensors.h"
 
 namespace flashcl {
 extern const char* const resources;  // setup.py writes it: a line for each kernel, what ptxas gave it
@@ -26,9 +26,10 @@ using namespace nb::literals;
 namespace {
 
 using flashcl::TILE;
-using Matrix = nb::ndarray<nb::ro, nb::ndim<2>>;
+using flashcl::Tensor;
+using Matrix = Tensor<const void, 2>;
 template <class T>
-using Array = nb::ndarray<T, nb::c_contig>;
+using Array = Tensor<T, -1, true>;
 using Floats = Array<const float>;
 using Ids = Array<const int32_t>;
 using Result = Array<float>;
@@ -164,7 +165,7 @@ flashcl::Sums sums(const Problem& p, const Maybe<Result>& rows, const Maybe<Resu
           read(about, 1, "about")};
 }
 
-using G = Maybe<nb::ndarray<nb::ndim<2>, nb::c_contig>>;
+using G = Maybe<Tensor<void, 2, true>>;
 
 flashcl::Output output(const Problem& p, const G& g) {
   if (!g) return {nullptr, 0};
@@ -177,7 +178,7 @@ flashcl::Output output(const Problem& p, const G& g) {
 }
 
 // (classes, lines), the classes any stride apart
-using Coefficients = nb::ndarray<const float, nb::ndim<2>>;
+using Coefficients = Tensor<const float, 2>;
 
 flashcl::Side side(const Problem& p, int64_t lines, const Maybe<Coefficients>& weight, const Maybe<Coefficients>& lse,
                    const Maybe<Floats>& offset) {
@@ -245,7 +246,7 @@ void sigmoid(const Problem& p, const Floats& weight, const Result& softplus, con
   call(args, p.on_cpu(), stream, flashcl::emulate_sigmoid, flashcl::launch_sigmoid);
 }
 
-using Statistics = nb::ndarray<float, nb::ndim<3>>;
+using Statistics = Tensor<float, 3>;
 
 void fold(const Array<const float>& sums, const Statistics& out, bool first, bool last, uintptr_t stream) {
   require(sums.ndim() == 4 && sums.shape(0) == out.shape(0) && sums.shape(1) == 2 && out.shape(1) == 2,
@@ -262,7 +263,7 @@ void fold(const Array<const float>& sums, const Statistics& out, bool first, boo
 
 // ---- rows ----
 
-using Output = nb::ndarray<nb::ndim<2>>;
+using Output = Tensor<void, 2>;
 
 template <class Array>
 flashcl::Rows rows(const Array& x, const char* name) {
@@ -363,28 +364,28 @@ NB_MODULE(_C, m) {
             new (self) Problem(problem(x, y, logit_scale, row_bias, col_bias, row_id, col_id, row_range, col_range,
                                        row_label, col_label, triangular));
           },
-          "x"_a.noconvert(), "y"_a.noconvert(), "logit_scale"_a.noconvert(), "row_bias"_a.noconvert() = none,
-          "col_bias"_a.noconvert() = none, "row_id"_a.noconvert() = none, "col_id"_a.noconvert() = none,
-          "row_range"_a.noconvert() = none, "col_range"_a.noconvert() = none, "row_label"_a.noconvert() = none,
-          "col_label"_a.noconvert() = none, "triangular"_a = false);
-  m.def("sweep", &sweep, "block"_a, "row_sums"_a.noconvert(), "row_center"_a.noconvert() = none,
-        "row_deviation"_a.noconvert() = none, "col_sums"_a.noconvert() = none, "col_center"_a.noconvert() = none,
-        "col_deviation"_a.noconvert() = none, "stream"_a = 0, "Statistics of the rows and columns of every tile.");
-  m.def("grad", &grad, "block"_a, "row_weight"_a.noconvert(), "row_lse"_a.noconvert(),
-        "row_offset"_a.noconvert() = none, "col_weight"_a.noconvert() = none, "col_lse"_a.noconvert() = none,
-        "col_offset"_a.noconvert() = none, "g"_a.noconvert() = none,
-        "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none, "scaled"_a.noconvert() = none,
-        "about"_a.noconvert() = none, "stream"_a = 0, "G of a block and sums of it.");
-  m.def("sigmoid", &sigmoid, "block"_a, "weight"_a.noconvert(), "softplus"_a.noconvert(), "g"_a.noconvert() = none,
-        "g_rows"_a.noconvert() = none, "g_cols"_a.noconvert() = none,
-        "scaled"_a.noconvert() = none, "stream"_a = 0, "Sums of softplus, G of a block and sums of it.");
-  m.def("fold", &fold, "sums"_a.noconvert(), "out"_a.noconvert(), "first"_a = false, "last"_a = false, "stream"_a = 0,
+          "x"_a, "y"_a, "logit_scale"_a, "row_bias"_a = none,
+          "col_bias"_a = none, "row_id"_a = none, "col_id"_a = none,
+          "row_range"_a = none, "col_range"_a = none, "row_label"_a = none,
+          "col_label"_a = none, "triangular"_a = false);
+  m.def("sweep", &sweep, "block"_a, "row_sums"_a, "row_center"_a = none,
+        "row_deviation"_a = none, "col_sums"_a = none, "col_center"_a = none,
+        "col_deviation"_a = none, "stream"_a = 0, "Statistics of the rows and columns of every tile.");
+  m.def("grad", &grad, "block"_a, "row_weight"_a, "row_lse"_a,
+        "row_offset"_a = none, "col_weight"_a = none, "col_lse"_a = none,
+        "col_offset"_a = none, "g"_a = none,
+        "g_rows"_a = none, "g_cols"_a = none, "scaled"_a = none,
+        "about"_a = none, "stream"_a = 0, "G of a block and sums of it.");
+  m.def("sigmoid", &sigmoid, "block"_a, "weight"_a, "softplus"_a, "g"_a = none,
+        "g_rows"_a = none, "g_cols"_a = none,
+        "scaled"_a = none, "stream"_a = 0, "Sums of softplus, G of a block and sums of it.");
+  m.def("fold", &fold, "sums"_a, "out"_a, "first"_a = false, "last"_a = false, "stream"_a = 0,
         "Merges the statistics of tiles into out; the first ones are all that is in it, with the last ones it becomes "
         "the log-sum-exp as two floats, high and low.");
-  m.def("partner_products", &partner_products, "x"_a.noconvert(), "y"_a.noconvert(), "shift"_a, "out"_a.noconvert(),
+  m.def("partner_products", &partner_products, "x"_a, "y"_a, "shift"_a, "out"_a,
         "stream"_a = 0, "out_i = <x_i, y_j> with j = (i + shift) mod M, summed in float64.");
-  m.def("finish", &finish, "acc"_a.noconvert(), "other"_a.noconvert().none(), "weight"_a.noconvert().none(), "shift"_a,
-        "scale"_a.noconvert(), "out"_a.noconvert(), "stream"_a = 0,
+  m.def("finish", &finish, "acc"_a, "other"_a.none(), "weight"_a.none(), "shift"_a,
+        "scale"_a, "out"_a, "stream"_a = 0,
         "out_i = scale (acc_i + weight_i other_j) with j = (i + shift) mod C; without a weight scale acc_i.");
 
   m.attr("TILE") = TILE;

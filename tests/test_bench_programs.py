@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -296,6 +297,14 @@ def test_a_stage_ends_with_its_time(monkeypatch, tmp_path):
     assert (code, text) == (None, "begun\n") and time.monotonic() - start < 20
     assert check.run("build", [sys.executable, "-c", "print('late')"]) == (None, "")  # its share is over
     check = gpu.Check("1/1", 600, tmp_path)
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     start = time.monotonic()
-    code, _ = check.run("tests", [sys.executable, "-c", "import time; time.sleep(60)"], limit=1)
+    code, _ = check.run("tests", sleep, limit=1)
     assert code is None and time.monotonic() - start < 20
+    with ThreadPoolExecutor(1) as pool:
+        stage = pool.submit(check.run, "tests", sleep)
+        while not check.running:
+            time.sleep(0.01)
+        check.stop()
+        assert stage.result()[0] is None and time.monotonic() - start < 20
+    assert check.run("tests", sleep) == (None, "")

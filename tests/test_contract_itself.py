@@ -5,10 +5,12 @@ Implementations with faults to order must break it, the truth must hold, and its
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
+import flashcl
 from flashcl import contract, reference
 from flashcl.contract import LOSSES, REGIMES, case, evaluate, violations
 
@@ -152,7 +154,7 @@ def test_the_bounds_by_hand():
 @pytest.mark.parametrize("regime", ["init", "converged", "t=10"])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_both_oracles_agree(loss, regime):
-    """The dense float64 formula and the one in extended precision, which share nothing."""
+    """The dense float64 formula and the others, which share nothing."""
     vectors = [dict(axis=axis) for axis in ("both", "rows", "cols")]
     scalars = [dict(reduction=r, normalize=n) for r in ("none", "sum", "mean") for n in (False, True)]
     for options in vectors if loss.startswith("logsumexp") else scalars:
@@ -162,6 +164,32 @@ def test_both_oracles_agree(loss, regime):
         for quantity, v in results.items():
             assert truth[quantity].error(v).abs().max() < 1e-11, (quantity, options)
     assert any(t.low.abs().max() > 0 for t in truth.values()), "no digits beyond float64: is longdouble only a double?"
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "info_nce one-way", "nt_xent"])
+def test_losses_below_the_rounding_of_float64_have_a_truth(loss):
+    """In many dimensions a saturated loss is e^-80: 0 to the dense formula in float64, whose lse rounds to the positive."""
+    c = case(loss, "saturated", n=40, d=512).to(SINGLE)
+    wide = c.to(DOUBLE)
+    assert evaluate(dense(wide), wide)["value"] == 0
+    truth = contract.truth_of(c)
+    assert 1e-38 < truth["value"].high < 1e-30
+    for quantity, v in contract.other_formulas(c, np.longdouble).items():
+        assert contract.judge(quantity, v.high, truth[quantity], [0 * v.high])[-1].error <= 1e-9 * v.high.abs().max()
+    # The contract allows what the dense formula in float32 does, which is 0; flashcl has the digits.
+    assert violations(c, SINGLE) == []
+    assert evaluate(getattr(flashcl, c.function), c)["value"] == pytest.approx(truth["value"].high.item(), rel=1e-4)
+
+
+def test_the_tight_bound_knows_underflow():
+    """The gradient of 1 / N ends up below float16: what no float16 holds is allowed, and no more."""
+    for size in (1e-7, 1e-2):
+        ref = size * torch.randn(1000, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+        truth, nothing, large = contract.Truth(ref), [0 * ref], [ref]
+        bound = contract.judge("grad x", ref.half(), truth, large, nothing, tight=2e-3)[-1]
+        assert bound.bound == "tight" and bound.holds
+        assert not contract.judge("grad x", (ref + 3e-3 * ref.norm()).half(), truth, large, nothing, tight=2e-3)[-1].holds
+    assert contract._underflow(ref, torch.half) == contract._underflow(1e-30 * ref, BF16) == 0
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -9,6 +9,7 @@ import dataclasses
 import math
 import sys
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -414,6 +415,46 @@ def test_half_precision_neither_flushes_nor_overflows(weight):
     assert not backend.grad(p, zero, Needs(x=True, y=True)).dx.any()
 
 
+@pytest.mark.parametrize("scale", [1.0, -1.0, 0.0])
+@pytest.mark.parametrize("highest", [-20.0, -4.2, -4.1, 3.0])
+def test_sigmoid_far_below_zero(scale, highest):
+    """Whole warps without a logit above -6 bits, -4.16, take shorter polynomials; one logit above it, and they do not."""
+    p = problem(128, 128, 16, scale=scale)
+    row_bias = torch.full((128,), -20.0)
+    p = dataclasses.replace(p, x=p.x * 0.1, row_bias=row_bias)
+    p.x[40] = 0.0
+    row_bias[40] = highest  # of the second warp
+    c = Sigmoid(torch.rand(128) + 0.5)
+    wanted = Needs(x=True, y=True, row_bias=True, col_bias=True, scale=True)
+    got, ref = backend.grad(p, c, wanted), reference.grad(in_float64(p), wide_coefficients(c), wanted)
+    for name in ("row_sum", "g_rows"):  # relative to each row: those far below would be lost beside the others
+        assert ((getattr(got, name) - getattr(ref, name)) / getattr(ref, name)).abs().max() < 2e-6, name
+    check_grad(p, c, need_bias=True)
+
+
+def test_sigmoid_of_nan_and_infinite_logits_far_below_zero():
+    p = problem(128, 128, 16, scale=1.0)
+    p = dataclasses.replace(p, x=p.x * 0.1, row_bias=torch.full((128,), -20.0))
+    p.row_bias[3], p.row_bias[5], p.row_bias[70] = torch.nan, -torch.inf, torch.inf
+    check_grad(p, Sigmoid(torch.ones(128)), need_bias=True)
+
+
+@pytest.mark.parametrize("program", CLASSES)
+def test_probabilities_of_large_logits_sum_to_one(program):
+    """Logits of 150 with biases: rounded there, sweep and grad would each be off by 8e-6, and differ."""
+    p = problem(140, 150, 16, program=program, bias=True)
+    unit = torch.nn.functional.normalize(p.x[0].double(), dim=0) * 1.2
+    y = unit * torch.linspace(-0.5, 1, 150)[:, None]
+    p = dataclasses.replace(p, x=unit.bfloat16().repeat(140, 1), y=y.bfloat16(), logit_scale=torch.tensor([100.0]))
+    s = backend.sweep(p, need_cols=True)
+    rows, cols = torch.ones_like(s.row.top), torch.ones_like(s.col.top)
+    one_way = backend.grad(p, Softmax(rows, s.row), Needs(row_bias=True))
+    both = backend.grad(p, Softmax(0 * rows, s.row, cols, s.col), Needs(col_bias=True))
+    for sums, lse in ((one_way.g_rows, s.row), (both.g_cols, s.col)):
+        expected = (lse.top > -torch.inf).sum(0)  # one for each class of which a line has pairs
+        assert (sums - expected).abs().max() < 2e-6 * p.classes
+
+
 def test_softplus_is_accurate_in_its_tail():
     """One column: no sum to hide behind. From e^s down to 1e-37 and up to s itself."""
     s = torch.linspace(-85, 200, 400).bfloat16()
@@ -672,6 +713,15 @@ def test_triangular(program, workspace):
         check_grad(p, softmax(p), workspace=workspace)
 
 
+@pytest.mark.parametrize("program", ["different", "by_label"])
+def test_triangular_in_strips_lower_than_blocks(program):
+    """Blocks of 4 x 4 tiles: strips of one tile on the diagonal, whole blocks, which are larger, beside it."""
+    p = problem(1000, 1000, 16, program=program, triangular=True)
+    sizes = [backend._whole(i) * backend._whole(j) for i, j in backend._strips(p, (4 * TILE) ** 2)]
+    assert sizes[0] < max(sizes)
+    check_grad(p, softmax(p), workspace=2 * (4 * TILE) ** 2)
+
+
 @pytest.mark.parametrize("workspace", [2**29, 1024], ids=["one block", "blocks"])
 def test_deviations_of_the_positives_from_a_center(workspace):
     """Logits of 1e4: the deviation keeps what their sum would round away."""
@@ -715,6 +765,22 @@ def test_the_self_check_minds_no_defaults():
 
 def test_unusable():
     assert "CUDA devices, not on cpu" in backend.unusable(torch.device("cpu"), torch.bfloat16)
+
+
+def test_tensors_come_by_either_way_of_dlpack():
+    """PyTorch's by its table of C functions, if it has one; those of other libraries, and of older versions, by __dlpack__."""
+    tops = torch.randn(1, 2, 3, 256).abs()
+    out, other = torch.empty(1, 2, 200), numpy.empty((1, 2, 200), numpy.float32)
+    _C.fold(tops, out, first=True, last=True)
+    _C.fold(tops.numpy(), other, first=True, last=True)
+    assert torch.equal(out, torch.from_numpy(other))
+    for wrong in (tops.double(), tops[..., ::2], tops[0], torch.nn.functional.pad(tops, (0, 1))[..., 1:], tops.numpy()[0], None, 3):
+        with pytest.raises((TypeError, ValueError)):
+            _C.fold(wrong, out, first=True, last=True)
+    read_only = numpy.zeros((1, 2, 200), numpy.float32)
+    read_only.flags.writeable = False
+    with pytest.raises(TypeError):
+        _C.fold(tops, read_only, first=True, last=True)
 
 
 def test_arguments_are_checked():

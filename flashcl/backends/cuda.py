@@ -68,16 +68,14 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool = False, workspace: int = t
         rows, cols = room(i, j, a.center), room(j, i, col_center) if need_cols else None
         places = {"row": rows, "col": rows if diagonal else cols}
         lines = {f"{side}_{name}": v for side, at in places.items() if at is not None for name, v in at._asdict().items()}
-        with _on(p.x.device) as stream:
-            _C.sweep(a.block(i, j, diagonal), **lines, stream=stream)
+        _C.sweep(a.block(i, j, diagonal), **lines, stream=stream)
         return rows, cols
 
-    return tiled.sweep(p, need_cols, workspace / _bytes_of_sums(p), _C.TILE, launch, _fold)
-
-
-def _fold(sums: Tensor, out: Tensor, *, first: bool, last: bool) -> None:
-    with _on(out.device) as stream:
+    def fold(sums: Tensor, out: Tensor, *, first: bool, last: bool) -> None:
         _C.fold(sums, out, first, last, stream)
+
+    with _on(p.x.device) as stream:
+        return tiled.sweep(p, need_cols, workspace / _bytes_of_sums(p), _C.TILE, launch, fold)
 
 
 class _Lines(NamedTuple):
@@ -141,33 +139,39 @@ def grad(
     a = _Arguments.of(p)
     c, lift = tiled.lifted(c, p.x.dtype)
     row, col = tiled.sides(p, c, _C.TILE)
-    buffer = None  # of G: the first block is the largest
-    for i, j in _strips(p, workspace / p.x.itemsize):
-        g = None
-        if dx is not None or dy is not None:
-            shape = _whole(i), _whole(j)
-            buffer = torch.empty(math.prod(shape), dtype=a.x.dtype, device=p.x.device) if buffer is None else buffer
-            g = buffer[: math.prod(shape)].view(shape)
-        sums = _tile_sums(p, i, j, needs, softplus=isinstance(c, Sigmoid))
-        with _on(p.x.device) as stream:
+    strips = list(_strips(p, workspace / p.x.itemsize))
+    buffer = None  # of G
+    if dx is not None or dy is not None:
+        buffer = torch.empty(max((_whole(i) * _whole(j) for i, j in strips), default=0), dtype=a.x.dtype, device=p.x.device)
+    # Of each tile the sum of G_ij (<x_i, y_j> - about), of all strips side by side: they are added up once, at the end.
+    scaled, done = None, 0
+    if needs.scale:
+        scaled = torch.empty(sum(_tiles(i) * _tiles(j) for i, j in strips), dtype=torch.float32, device=p.x.device)
+    with _on(p.x.device) as stream:
+        for i, j in strips:
+            shape, tiles = (_whole(i), _whole(j)), (_tiles(i), _tiles(j))
+            g = None if buffer is None else buffer[: math.prod(shape)].view(shape)
+            of_strip = None if scaled is None else scaled[done : done + math.prod(tiles)].view(tiles)
+            done += math.prod(tiles)
+            sums = _tile_sums(p, i, j, needs, of_strip, softplus=isinstance(c, Sigmoid))
             _launch(a.block(i, j), c, row.at(i), col and col.at(j), sums, g, stream)
 
-        tiled.add_lines_(total.g_rows, i, sums.g_rows)
-        tiled.add_lines_(total.g_cols, j, sums.g_cols)
-        tiled.add_lines_(total.row_sum, i, sums.softplus)
-        own = i.stop - i.start if p.triangular and i.start == j.start else 0  # columns of the strip that are its rows
-        if needs.scale:  # there G + G^T meets every pair twice
-            twice, once = sums.scaled.split([-(-own // _C.TILE), _tiles(j) - -(-own // _C.TILE)], dim=1)
-            total.d_scale.add_(0.5 * twice.sum(dtype=torch.float64) + once.sum(dtype=torch.float64))
-        if g is not None:
-            g, x, y = g[: i.stop - i.start, : j.stop - j.start], a.x[i, :D], a.y[j, :D]
-            if dx is not None:
-                addmm_(dx[i], g, y)
-            if dy is not None:
-                addmm_(dy[j], g.T, x)
-            if p.triangular and own < len(y):
-                addmm_(dx[j.start + own : j.stop], g[:, own:].T, x)
-
+            tiled.add_lines_(total.g_rows, i, sums.g_rows)
+            tiled.add_lines_(total.g_cols, j, sums.g_cols)
+            tiled.add_lines_(total.row_sum, i, sums.softplus)
+            own = i.stop - i.start if p.triangular and i.start == j.start else 0  # columns of the strip that are its rows
+            if own and of_strip is not None:  # there G + G^T meets every pair twice
+                of_strip[:, : -(-own // _C.TILE)] *= 0.5
+            if g is not None:
+                g, x, y = g[: i.stop - i.start, : j.stop - j.start], a.x[i, :D], a.y[j, :D]
+                if dx is not None:
+                    addmm_(dx[i], g, y)
+                if dy is not None:
+                    addmm_(dy[j], g.T, x)
+                if p.triangular and own < len(y):
+                    addmm_(dx[j.start + own : j.stop], g[:, own:].T, x)
+    if scaled is not None:
+        total.d_scale.add_(scaled.sum(dtype=torch.float64))
     tiled.unlift_(total, lift)
     return total
 
@@ -181,7 +185,7 @@ class _TileSums(NamedTuple):
     scaled: Tensor | None  # (tiles_n, tiles_m)
 
 
-def _tile_sums(p: Problem, i: slice, j: slice, needs: Needs, *, softplus: bool) -> _TileSums:
+def _tile_sums(p: Problem, i: slice, j: slice, needs: Needs, scaled: Tensor | None, *, softplus: bool) -> _TileSums:
     def room(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=torch.float32, device=p.x.device) if wanted else None
 
@@ -190,7 +194,7 @@ def _tile_sums(p: Problem, i: slice, j: slice, needs: Needs, *, softplus: bool) 
         room(needs.row_bias, *along_rows),
         room(needs.col_bias, *along_cols),
         room(softplus, *along_rows),
-        room(needs.scale, _tiles(i), _tiles(j)),
+        scaled,
     )
 
 
