@@ -3,8 +3,8 @@
     python bench/tiles.py                                                    all kernels, bfloat16, N = 16,384
     python bench/tiles.py --kernel grad --d 512 --tile 128,128,64,4,3 --tile 256,128,64,8,3
 
-A tile is BN,BM,BK,warps,stages and perhaps GROUP. The library's products with G are left out: what is timed is the kernel, the small
-operations around it, and of a sweep the fold. A tile whose results are not those of the table's tile gets no time.
+A tile is BN,BM,BK,warps,stages and perhaps GROUP. The library's products with G are left out: what is timed is the kernel,
+the small operations around it, and of a sweep the fold. A tile whose results are not those of the table's tile gets no time.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def measure(kernel: str, n: int, d: int, dtype: torch.dtype, tiles: list[str], r
     of_table = entry(backend._arch(device), kernel, dtype)
     plans = {"table": backend.Plan(of_table.tile, of_table.square)}
     for text in tiles:
-        tile = dataclasses.replace(of_table.tile, **dict(zip(("BN", "BM", "BK", "warps", "stages", "GROUP"), map(int, text.split(",")))))
+        sizes = dict(zip(("BN", "BM", "BK", "warps", "stages", "GROUP"), map(int, text.split(","))))
+        tile = dataclasses.replace(of_table.tile, **sizes)
         plans[text] = backend.Plan(tile, tile if tile.BN == tile.BM else of_table.square)
     right, rows = call(plans["table"]), []
     for name, plan in plans.items():
