@@ -29,6 +29,11 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 SOURCES = ("flashcl", "triton_kernels", "csrc", "tests", "bench/*.py", "setup.py", "pyproject.toml")
 KERNELS = ("cuda", "triton")
+WATCHED = [  # by the sanitizer; float16 takes the ways of bfloat16
+    f"{kernels} {check}"
+    for kernels in ("cuda bfloat16", "triton bfloat16", "triton float32")
+    for check in ("memcheck", "racecheck")
+]
 UNTIL = dict(build=0.3, tests=0.66, sanitizer=0.66, bench=0.97)  # each stage ends at this share of the time
 # Most of a test's time is the host's, for compilers and dense formulas: several run at once. With more processes their contexts
 # and caches, about 2 GiB each, would leave the largest tests of an 80 GiB GPU no room.
@@ -179,15 +184,14 @@ class Check:
         self.save()
 
     def sanitizer(self) -> None:
-        checks = [(backend, check) for backend in KERNELS for check in ("memcheck", "racecheck")]
-        with ThreadPoolExecutor(len(checks)) as pool:
-            verdicts = pool.map(lambda which: self.watch(*which), checks)
-            self.state["sanitizer"] = {f"{backend} {check}": v for (backend, check), v in zip(checks, verdicts)}
+        with ThreadPoolExecutor(len(WATCHED)) as pool:
+            verdicts = pool.map(lambda name: self.watch(*name.split()), WATCHED)
+            self.state["sanitizer"] = dict(zip(WATCHED, verdicts))
         self.save()
 
-    def watch(self, backend: str, check: str) -> str:
+    def watch(self, backend: str, dtype: str, check: str) -> str:
         tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
-        if self.state["sanitizer"].get(f"{backend} {check}") == "clean":
+        if self.state["sanitizer"].get(f"{backend} {dtype} {check}") == "clean":
             return "clean"
         if reason := self.not_usable(backend):
             return f"nothing to check: {reason}"
@@ -197,8 +201,9 @@ class Check:
             options = ["--report-api-errors", "no"]
         else:  # kernels of cuBLAS let what look like races pass: of races only ours are looked for
             options = [word for name in kernels_of(backend) for word in ("--kernel-name", f"kernel_substring={name}")]
-        watch = [tool, "--tool", check, "--error-exitcode", "9", *options, sys.executable, "bench/small_shapes.py", backend]
+        program = [sys.executable, "bench/small_shapes.py", backend, dtype]
         # Without PyTorch's cache an access beyond a tensor is one beyond its allocation.
+        watch = [tool, "--tool", check, "--error-exitcode", "9", *options, *program]
         return sanitized(*self.run("sanitizer", watch, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
 
     def not_usable(self, backend: str) -> str | None:
@@ -255,7 +260,7 @@ class Check:
         """The file that an entry of dispatch.VERIFIED stands on: every test of the backend passed or had a reason to be
         skipped, and the sanitizer is clean."""
         mine = {name: v for name, v in self.state["tests"].items() if backend_of(name) == backend}
-        clean = [self.state["sanitizer"].get(f"{backend} {check}") == "clean" for check in ("memcheck", "racecheck")]
+        clean = [self.state["sanitizer"].get(name) == "clean" for name in WATCHED if name.startswith(backend)]
         if "PASSED" not in mine.values() or set(mine.values()) - {"PASSED", "SKIPPED"} or not all(clean):
             return []
         path = self.out / f"verified-{backend}-{self.environment['arch']}.json"

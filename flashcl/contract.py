@@ -301,21 +301,36 @@ def check(
     function: Callable | None = None,
 ) -> list[Finding]:
     """Every bound on every value and gradient of one call. `function` takes the place of flashcl's own."""
-    c = c.to(dtype, device)
-    if function is None:
-        out = evaluate(getattr(flashcl, c.function), replace(c, options=c.options | dict(backend=backend)))
-    else:
-        out = evaluate(function, c)
-    truth = truth_of(c)
-    dense = dense_errors(c, truth)
-    dense32 = dense_errors(c.to(torch.float32, device), truth) if dtype in TIGHT else None
-    findings = []
-    for quantity in truth:
-        gradient = quantity.startswith("grad")
-        tight = TIGHT[dtype][gradient] if dtype in TIGHT else None
-        errors = [e[quantity] for e in dense], tight and [e[quantity] for e in dense32]
-        findings += judge(quantity, out[quantity], truth[quantity], *errors, tight)
-    return findings
+    return Yardstick.of(c.to(dtype, device)).check(backend, function)
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What the results of a case are held against: the same for all backends, and most of the work."""
+
+    case: Case
+    dtype: torch.dtype
+    truth: dict[str, Truth]
+    dense: list[dict[str, Tensor]]
+    dense32: list[dict[str, Tensor]] | None
+
+    @staticmethod
+    def of(c: Case) -> Yardstick:
+        """c: embeddings in the dtype, and on the device, that is judged."""
+        dtype, truth = next(v.dtype for v in c.tensors.values() if v.dim() == 2), truth_of(c)
+        dense32 = dense_errors(c.to(torch.float32, c.device), truth) if dtype in TIGHT else None
+        return Yardstick(c, dtype, truth, dense_errors(c, truth), dense32)
+
+    def check(self, backend: str = "auto", function: Callable | None = None) -> list[Finding]:
+        """As the function `check`."""
+        options = {} if function else dict(backend=backend)
+        function = function or getattr(flashcl, self.case.function)
+        out, findings = evaluate(function, replace(self.case, options=self.case.options | options)), []
+        for quantity, truth in self.truth.items():
+            tight = TIGHT[self.dtype][quantity.startswith("grad")] if self.dtype in TIGHT else None
+            errors = [e[quantity] for e in self.dense], tight and [e[quantity] for e in self.dense32]
+            findings += judge(quantity, out[quantity], truth, *errors, tight)
+        return findings
 
 
 def truth_of(c: Case) -> dict[str, Truth]:

@@ -242,7 +242,7 @@ def test_the_sanitizer_is_believed_only_when_clean(code, text, verdict):
     assert script("gpu").sanitized(code, text).startswith(verdict)
 
 
-CLEAN = {f"triton {check}": "clean" for check in ("memcheck", "racecheck")}
+CLEAN = {f"triton {dtype} {check}": "clean" for dtype in ("bfloat16", "float32") for check in ("memcheck", "racecheck")}
 PASSED = {"tests/test_gpu.py::a[triton-1]": "PASSED", "tests/test_gpu.py::b[triton-2]": "SKIPPED"}
 
 
@@ -253,8 +253,9 @@ PASSED = {"tests/test_gpu.py::a[triton-1]": "PASSED", "tests/test_gpu.py::b[trit
         (dict(tests=PASSED | {"tests/test_gpu.py::c[triton-3]": "FAILED"}), 1, False),
         (dict(tests=PASSED | {"tests/test_gpu.py::c[triton-3]": "not run"}), 3, False),
         (dict(tests={}), 3, False),
-        (dict(sanitizer=CLEAN | {"triton racecheck": "errors, code 9"}), 1, False),
-        (dict(sanitizer=CLEAN | {"triton racecheck": "not finished"}), 3, False),
+        (dict(sanitizer=CLEAN | {"triton bfloat16 racecheck": "errors, code 9"}), 1, False),
+        (dict(sanitizer=CLEAN | {"triton float32 racecheck": "not finished"}), 3, False),
+        (dict(sanitizer={k: v for k, v in CLEAN.items() if "float32" not in k}), 0, False),
         (dict(bench="failed with code 1"), 1, True),
         (dict(bench="not finished"), 3, True),
         (dict(build="failed: no compiler"), 1, True),

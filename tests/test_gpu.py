@@ -1,13 +1,16 @@
 """On a real GPU: the contract at real sizes, and what only a GPU can show (streams, graphs, syncs, 2^31, memory)."""
 
+import functools
+import itertools
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
 import flashcl
-from flashcl.contract import LOSSES, case, evaluate, violations
+from flashcl.contract import LOSSES, Yardstick, case, evaluate, violations
 from flashcl.engine import dispatch
 
 pytestmark = [
@@ -43,12 +46,28 @@ def needs(gib):
         pytest.skip(f"needs {gib} GiB of free GPU memory, there are {free:.1f}")
 
 
+@functools.lru_cache(maxsize=1)
+def yardstick(loss, regime, dtype, sizes):
+    """For all backends: tests of one case run one after the other in one process (`each`)."""
+    return Yardstick.of(case(loss, regime, **dict(sizes)).to(dtype, DEVICE))
+
+
 def outside(loss, regime, dtype, backend, **sizes):
     """The violations of the contract, less the one that is known (test_contract.py): of copied rows a bfloat16 G cancels."""
-    found = violations(case(loss, regime, **sizes), dtype, backend=backend, device=DEVICE)
+    found = [f for f in yardstick(loss, regime, dtype, tuple(sizes.items())).check(backend) if not f.holds]
     if (loss, regime, dtype) == ("sup_con", "duplicates", BF16) and backend != "torch":
         found = [f for f in found if f.bound != "tight" or f.error > 1.5 * f.allowed]
     return found
+
+
+def each(*cases):
+    """Parameters of a test, a process of pytest-xdist for all backends of one case: they share its yardstick."""
+    group = [pytest.mark.xdist_group(re.sub(r"\W+", "_", f"{case}")) for case in cases]
+    return [pytest.param(backend, *case, marks=mark) for case, mark in zip(cases, group) for backend in BACKENDS]
+
+
+def in_words(parameter):
+    return str(parameter).removeprefix("torch.")
 
 
 def call(c, backend):
@@ -72,33 +91,32 @@ def step(c, backend):
 # ---- the contract at real sizes
 
 
-@pytest.mark.parametrize("regime", ["init", "converged", "saturated", "cone", "t=0.005", "t=10", "large", "duplicates"])
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dtype", [BF16, HALF, SINGLE])
-@pytest.mark.parametrize("backend", BACKENDS)
+REGIMES = ["init", "converged", "saturated", "cone", "t=0.005", "t=10", "large", "duplicates"]
+
+
+@pytest.mark.parametrize("backend, dtype, loss, regime", each(*itertools.product([BF16, HALF, SINGLE], LOSSES, REGIMES)), ids=in_words)
 def test_contract(backend, dtype, loss, regime):
     usable(backend, dtype)
     assert outside(loss, regime, dtype, backend, n=2048, d=768) == []
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, loss", each(*zip(LOSSES)))
 def test_contract_at_full_size(backend, loss):
     usable(backend, BF16)
     needs(16)
-    assert violations(case(loss, "init", n=4096, m=6001, d=768), BF16, backend=backend, device=DEVICE) == []
+    assert outside(loss, "init", BF16, backend, n=4096, m=6001, d=768) == []
 
 
 SHAPES = [(1, 1, 1), (1, 300, 5), (3, 7, 2), (127, 129, 64), (128, 128, 128), (255, 700, 100), (1000, 1111, 17)]
 
 
-@pytest.mark.parametrize("n, m, d", [*SHAPES, (513, 514, 512), (300, 301, 1152), (130, 400, 4096)])
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dtype", [BF16, SINGLE])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_shapes(backend, dtype, loss, n, m, d):
+SHAPES += [(513, 514, 512), (300, 301, 1152), (130, 400, 4096)]
+
+
+@pytest.mark.parametrize("backend, dtype, loss, shape", each(*itertools.product([BF16, SINGLE], LOSSES, SHAPES)), ids=in_words)
+def test_shapes(backend, dtype, loss, shape):
     usable(backend, dtype)
-    assert violations(case(loss, "init", n=n, m=m, d=d), dtype, backend=backend, device=DEVICE) == []
+    assert outside(loss, "init", dtype, backend, **dict(zip("nmd", shape))) == []
 
 
 @pytest.mark.parametrize("loss", LOSSES)
