@@ -82,7 +82,8 @@ class Check:
         self.start, self.running, self.stopped = time.monotonic(), set(), False
         self.out.mkdir(parents=True, exist_ok=True)
         self.environment = environment()
-        os.environ.setdefault("FLASHCL_COMMIT", f"sources {self.environment['sources']}")  # of a copy without history
+        if self.environment.get("commit") == "unknown":  # a copy without history
+            os.environ["FLASHCL_COMMIT"] = f"sources {self.environment['sources']}"
         self.state = dict(environment=self.environment, build="not done", tests={}, sanitizer={}, bench="not done")
         earlier = self.take_up("gpu-check.json")
         if earlier.exists():
@@ -302,10 +303,20 @@ def environment() -> dict[str, str]:
     return dict(
         device=torch.cuda.get_device_name(),
         arch=f"sm{major}{minor}",
+        driver=first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         torch=torch.__version__,
         triton=getattr(triton, "__version__", "none"),
+        commit=os.environ.get("FLASHCL_COMMIT") or first_line("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
         sources=digest.hexdigest()[:12],
     )
+
+
+def first_line(*command: str) -> str:
+    """What a program prints first, "unknown" where it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return "unknown"
+    done = subprocess.run(command, capture_output=True, text=True)
+    return (done.stdout.splitlines() or ["unknown"])[0] if done.returncode == 0 else "unknown"
 
 
 def cause(text: str) -> str:

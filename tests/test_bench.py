@@ -1,6 +1,7 @@
 """flashcl bench: what it refuses to time, what becomes a result, what is measured."""
 
 import math
+import os
 import subprocess
 import time
 from dataclasses import replace
@@ -426,6 +427,7 @@ def test_on_a_gpu(monkeypatch, loss):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="a time, which the other workers would spoil")
 def test_gpu_time_is_that_of_the_device():
     """A copy of 256 MiB takes its bytes over the bandwidth, whatever the host does in the meantime."""
     device = torch.device("cuda")
