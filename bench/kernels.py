@@ -84,6 +84,19 @@ def measure(work: Workload, backend: str, repeats: int, device: torch.device) ->
     return found
 
 
+def square_tflops(device: torch.device) -> float:
+    """What the library reaches in a short run at its favourite shape, 8192 x 8192 x 8192 of bfloat16."""
+    a, b = (torch.randn(8192, 8192, device=device).bfloat16() for _ in "ab")
+    clock, out = Clock(device), torch.empty_like(a)
+    marks = []
+    for _ in range(13):
+        start = clock.mark()
+        torch.mm(a, b.T, out=out)
+        marks.append((start, clock.mark()))
+    clock.wait()
+    return 2 * 8192**3 / statistics.median(clock.between(*pair) for pair in marks[3:]) / 1e9
+
+
 def show(work: Workload, backend: str, found: dict) -> str:
     rate = found["matrix_tflops"]
     words = [f"{work} {backend}: step {found['step_ms']:.4g} ms, {work.flops('full') / found['step_ms'] / 1e9 / rate:.1%}"]
@@ -108,6 +121,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     if not torch.cuda.is_available():
         parser.error(f"no CUDA GPU: torch {torch.__version__} finds none here")
     device, rows = torch.device("cuda"), []
+    square = square_tflops(device)
+    print(f"cuBLAS, 8192 x 8192 x 8192, a short run: {square:.4g} TFLOP/s", flush=True)
     works = [Workload(loss, n, d, args.dtype) for loss in args.loss or () for n in args.n for d in args.d]
     for work in works or SUITES["core"]:
         for backend in args.backend:
@@ -119,7 +134,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             print(show(work, backend, found), flush=True)
             torch.cuda.empty_cache()
     if args.out:
-        args.out.write_text(json.dumps(dict(environment=environment(device), rows=rows), indent=1) + "\n")
+        args.out.write_text(json.dumps(dict(environment=environment(device) | dict(square_tflops=square), rows=rows), indent=1) + "\n")
     return rows
 
 
