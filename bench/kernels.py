@@ -134,7 +134,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             print(show(work, backend, found), flush=True)
             torch.cuda.empty_cache()
     if args.out:
-        args.out.write_text(json.dumps(dict(environment=environment(device) | dict(square_tflops=square), rows=rows), indent=1) + "\n")
+        where = environment(device) | dict(square_tflops=square)
+        args.out.write_text(json.dumps(dict(environment=where, rows=rows), indent=1) + "\n")
     return rows
 
 
