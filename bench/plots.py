@@ -83,8 +83,10 @@ def figures(files: list[Results]) -> Iterable[tuple[str, Figure]]:
     for dtype in dict.fromkeys(row.dtype for row in rows):
         some = [row for row in rows if row.dtype == dtype and row.mode == "full"]
         if some:
-            yield f"{dtype}-sizes", footed(scaling(some), files, some)
-            yield f"{dtype}-widths", footed(widths(some), files, some)
+            if sized := several(some, "d", "n"):
+                yield f"{dtype}-sizes", footed(scaling(some, sized), files, some)
+            if several(some, "n", "d"):
+                yield f"{dtype}-widths", footed(widths(some), files, some)
             yield f"{dtype}-roofline", footed(roofline(some, bandwidth), files, some)
 
 
@@ -110,9 +112,8 @@ def footed(figure: Figure, files: list[Results], rows: list[Row]) -> Figure:
 # ---- time and memory against N ---------------------------------------------------------------------------------------
 
 
-def scaling(rows: list[Row]) -> Figure:
+def scaling(rows: list[Row], losses: list[str]) -> Figure:
     """A line of two panels for each loss, at the D that has the most sizes."""
-    losses = [loss for loss in LOSSES if any(row.loss == loss for row in rows)]
     figure = Figure(figsize=(12, 3.9 * len(losses)), layout="constrained")
     for loss, (time, memory) in zip(losses, figure.subplots(len(losses), 2, squeeze=False)):
         d = most_common(rows, loss, "d", "n")
@@ -182,13 +183,24 @@ def legend(ax) -> None:
         ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
 
 
+def several(rows: list[Row], fixed: str, varied: str) -> list[str]:
+    """The losses that were measured for more than one value of `varied`, `fixed` being the same."""
+    losses = [loss for loss in LOSSES if any(row.loss == loss for row in rows)]
+    return [loss for loss in losses if len(values_of(rows, loss, fixed, varied)[1]) > 1]
+
+
 def most_common(rows: list[Row], loss: str, fixed: str, varied: str) -> int:
     """The value of `fixed` at which a loss was measured for the most values of `varied`."""
+    return values_of(rows, loss, fixed, varied)[0]
+
+
+def values_of(rows: list[Row], loss: str, fixed: str, varied: str) -> tuple[int, set[int]]:
+    """That value, and the values of `varied`."""
     seen = defaultdict(set)
     for row in rows:
         if row.loss == loss:
             seen[getattr(row, fixed)].add(getattr(row, varied))
-    return max(seen, key=lambda value: (len(seen[value]), value))
+    return max(seen.items(), key=lambda item: (len(item[1]), item[0]))
 
 
 # ---- % of the matrix rate against D ----------------------------------------------------------------------------------

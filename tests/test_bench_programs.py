@@ -38,6 +38,7 @@ def grown(n, provider="dense", **more):
 
 def test_figures_from_a_file(plots, tmp_path, capsys):
     rows = [grown(64), grown(128), replace(grown(256), status="oom"), grown(64, "flashcl-torch"), ROWS[1]]
+    rows += [replace(grown(64), loss="siglip", d=d) for d in (16, 32)]
     Results(ENVIRONMENT, rows).save(tmp_path / "r.json")
     (tmp_path / "other.json").write_text('{"environment": {}, "rows": [1]}')  # of another program
     files = [str(tmp_path / "r.json"), str(tmp_path / "other.json")]
@@ -49,7 +50,8 @@ def test_figures_from_a_file(plots, tmp_path, capsys):
 
 def test_figures_show_what_was_measured_and_where_memory_ended(plots):
     rows = [grown(64), grown(128), replace(grown(256), status="oom", ms=None), replace(ROWS[1], n=256)]
-    figure = plots.scaling(rows)
+    assert plots.several(rows, "d", "n") == ["info_nce"] and not plots.several(rows, "n", "d")
+    figure = plots.scaling(rows, ["info_nce"])
     panel = figure.axes[0]
     curves = {line.get_label(): line for line in panel.lines if line.get_gid() is None}
     assert list(curves) == ["dense"] and list(curves["dense"].get_xdata()) == [64, 128]
@@ -76,7 +78,7 @@ def test_the_newest_measurement_is_drawn(plots):
 
 
 def test_figures_of_a_machine_that_cannot_measure_memory(plots):
-    figure = plots.scaling([grown(64, extra_mib=None), grown(128, extra_mib=None), grown(256)])
+    figure = plots.scaling([grown(64, extra_mib=None), grown(128, extra_mib=None), grown(256)], ["info_nce"])
     time, memory = ([list(line.get_xdata()) for line in panel.lines] for panel in figure.axes[:2])
     assert time == [[64, 128, 256]] and memory == [[256]]
 
