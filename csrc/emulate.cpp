@@ -1,5 +1,7 @@
 // The kernels on the CPU, for the tests: products by a plain loop, everything else by the code that the GPU runs
 // (lanes.h).
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <memory>
 #include <vector>
@@ -25,6 +27,18 @@ std::vector<float> row_of(const void* x, int64_t stride, int row, int size, int 
   return out;
 }
 
+// A product as tensor cores sum it: 16 terms at a time, exactly, and what a float cannot hold is cut off, not rounded.
+float product(const std::vector<float>& u, const std::vector<float>& v) {
+  float sum = 0.0f;
+  for (size_t k = 0; k < u.size(); k += 16) {
+    double wide = sum;
+    for (size_t i = k; i < std::min(k + 16, u.size()); ++i) wide += double(u[i]) * v[i];
+    sum = float(wide);
+    if (std::fabs(double(sum)) > std::fabs(wide) && std::isfinite(sum)) sum = std::nextafter(sum, 0.0f);
+  }
+  return sum;
+}
+
 struct Fragments {
   Warp::F of_warp[4][Fragment::PLACES];
 };
@@ -39,12 +53,9 @@ void products(const Block& b, Place tile, Fragments& out) {
     for (int r = 0; r < Fragment::ROWS; ++r)
       for (int chunk = 0; chunk < Fragment::CHUNKS; ++chunk)
         for (int q = 0; q < Fragment::COLS; ++q)
-          for (int lane = 0; lane < 32; ++lane) {
-            const std::vector<float>&u = x[Fragment::row(warp, lane, r)], &v = y[Fragment::col(lane, chunk, q)];
-            float sum = 0.0f;
-            for (int k = 0; k < b.D; ++k) sum = std::fma(u[k], v[k], sum);
-            out.of_warp[warp][Fragment::place(r, chunk, q)].v[lane] = sum;
-          }
+          for (int lane = 0; lane < 32; ++lane)
+            out.of_warp[warp][Fragment::place(r, chunk, q)].v[lane] =
+                product(x[Fragment::row(warp, lane, r)], y[Fragment::col(lane, chunk, q)]);
 }
 
 void store(const Output& out, const Block& b, Place tile, const Fragments& acc) {

@@ -136,7 +136,7 @@ Problem problem(const Matrix& x, const Matrix& y, const Floats& logit_scale, con
   require(y.device_type() == x.device_type() && y.device_id() == x.device_id(), "y is on another device");
   require(!triangular || (x.data() == y.data() && x.shape(0) == y.shape(0)), "a triangular problem has one x");
   require(!row_id == !col_id && !row_id == !row_range && !row_id == !col_range, "ids come with ids and ranges");
-  require(!row_label == !col_label && (row_id || !row_label), "labels come with labels and ids");
+  require(!row_label == !col_label, "labels come with labels");
 
   Problem p;
   p.reader = {x.device_type(), x.device_id()};
@@ -213,9 +213,9 @@ void sweep(const Problem& p, const Result& row_sums, const Maybe<Floats>& row_ce
            const Maybe<Result>& row_deviation, const Maybe<Result>& col_sums, const Maybe<Floats>& col_center,
            const Maybe<Result>& col_deviation, uintptr_t stream) {
   const int64_t planes = 2 * p.classes(), along_rows = p.tiles_m() * p.rows(), along_cols = p.tiles_n() * p.cols();
-  require(!row_center == !row_deviation && !col_center == !col_deviation, "centers come with deviations");
-  require(!col_center || col_sums, "deviations of columns come with their statistics");
-  require(!(col_center && !row_center) && (!row_center || p.classes() == 2),
+  require((!row_center || row_deviation) && (!col_center || col_deviation), "centers come with deviations");
+  require(!col_deviation || col_sums, "deviations of columns come with their statistics");
+  require((!col_deviation || row_deviation) && (!row_deviation || p.classes() == 2),
           "deviations are of positives, along the rows too");
   const Reader& read = p.reader;
   const flashcl::SweepArgs args{

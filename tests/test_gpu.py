@@ -53,9 +53,9 @@ def yardstick(loss, regime, dtype, sizes):
 
 
 def outside(loss, regime, dtype, backend, **sizes):
-    """The violations of the contract, less the one that is known (test_contract.py): of copied rows a bfloat16 G cancels."""
+    """The violations of the contract, less the one that is known (README, Accuracy): of copied rows a bfloat16 G cancels."""
     found = [f for f in yardstick(loss, regime, dtype, tuple(sizes.items())).check(backend) if not f.holds]
-    if (loss, regime, dtype) == ("sup_con", "duplicates", BF16) and backend != "torch":
+    if (loss, regime, dtype) == ("sup_con", "duplicates", BF16):
         found = [f for f in found if f.bound != "tight" or f.error > 1.5 * f.allowed]
     return found
 
@@ -205,6 +205,27 @@ def test_cuda_graphs(backend, loss):
     assert not torch.equal(first[1], captured[1])
     for got, want in zip(captured, expected):
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_graphed_callables(backend):
+    """What the README advises for small batches: the loss as two graphs, forward and backward, in an ordinary step."""
+    usable(backend, BF16)
+    c, other = (case("info_nce", "init", n=1000, d=256, seed=seed).to(BF16, DEVICE) for seed in (0, 1))
+
+    def leaves(c):
+        return tuple(v.detach().clone().requires_grad_() for v in c.tensors.values())
+
+    def loss(x, y, scale):
+        return flashcl.info_nce(x, y, logit_scale=scale, backend=backend)
+
+    graphed = torch.cuda.make_graphed_callables(loss, leaves(c))
+    for inputs in (leaves(c), leaves(other)):
+        want = loss(*inputs)
+        got = graphed(*inputs)
+        assert torch.equal(got, want)
+        for p, q in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs)):
+            assert torch.equal(p, q)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -1,6 +1,7 @@
 """The tile of every kernel on every GPU generation, with the reason beside it. Nothing is tuned at run time.
 
-The numbers rest on compiled code (registers, spills, shared memory: tests/compile_budget.py prints them), not yet on timings.
+The numbers rest on compiled code (registers, spills, shared memory: tests/compile_budget.py prints them), those of 16 bits
+on sm_90 also on timings (bench/NOTES.md).
 """
 
 from __future__ import annotations

@@ -112,6 +112,18 @@ def partner_products(x: Tensor, y: Tensor, shift: int) -> Tensor:
     return out
 
 
+def partner_sum(x: Tensor, y: Tensor) -> Tensor:
+    here, (x, y) = slice(0, len(x)), (tiled.aligned(v.detach(), 8) for v in (x, y))
+    one = torch.ones(1, dtype=torch.float32, device=x.device)
+    label = torch.arange(_whole(here), dtype=torch.int32, device=x.device)  # each row has one positive, whose logit is all
+    sums = one.new_empty(2, 2, _tiles(here), _whole(here))
+    products = one.new_empty(_tiles(here), _whole(here))
+    with _on(x.device) as stream:
+        block = _C.Block(x, y, one, row_label=label, col_label=label)
+        _C.sweep(block, row_sums=sums, row_deviation=products, stream=stream)
+    return products.sum(dtype=torch.float64)
+
+
 def finish(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor) -> None:
     other, weight = (None, None) if other is None else (_rows(other), weight.contiguous())
     with _on(acc.device) as stream:

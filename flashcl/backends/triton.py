@@ -129,7 +129,19 @@ def sweep_softplus(p: Problem, *, plan: Plan | None = None) -> Tensor:
 
 # ---- one positive a row --------------------------------------------------------------------------------------------------
 
+
 partner_products, finish = row_kernels.partner_products, row_kernels.finish
+
+
+def partner_sum(x: Tensor, y: Tensor) -> Tensor:
+    label = torch.arange(len(x), dtype=torch.int32, device=x.device)  # each row has one positive, whose logit is all
+    one, center = (make(n, dtype=torch.float32, device=x.device) for make, n in ((torch.ones, 1), (torch.zeros, len(x))))
+    p = _loadable(Problem.of(x, y, one, None, None, "by_label", (label, label), (~label, label), center))
+    tile = Plan.of(p, _sweep_entry(p)).tile
+    x, y, block = _block(p, slice(0, len(p.x)), slice(0, len(p.y)))
+    rows = _lines(p, p.center, cdiv(block.M, tile.BM), tiled.whole(block.N, tile.BN), slice(0, block.N))
+    sweep_kernels.sweep(x, y, block, rows, None, None, PROGRAMS[p.program], False, tile)
+    return rows.deviation.sum(dtype=torch.float64)
 
 
 # ---- grad ----------------------------------------------------------------------------------------------------------------

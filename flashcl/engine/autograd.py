@@ -42,6 +42,7 @@ class Pairs:
 class LogMasses:
     """What log_sum_exp returns, each differentiable and float64: differences of large logits keep their digits.
 
+    Where there are positives, a loss must be of differences: row_neg - row_pos, col_neg - row_pos, row_gap.
     A loss is their arithmetic, rounded to the dtype of its result at the end.
     """
 
@@ -82,7 +83,7 @@ def softplus_sum(
     y, (logit_scale, row_bias) = _another(y, x), _statistic_dtype(x, logit_scale, row_bias)
     backward = _backward_follows(x, y, logit_scale, row_bias)
     loss = _SoftplusSum.apply(x, y, logit_scale, row_bias, pairs, per_row or not backward, backward, backend)
-    return loss if per_row else loss.sum()
+    return loss if per_row or not loss.dim() else loss.sum()
 
 
 def _backward_follows(*tensors: Tensor | None) -> bool:
@@ -126,6 +127,8 @@ class _LogSumExp(torch.autograd.Function):
         if pairs.labels is not None:
             problem = replace(problem, center=mean.to(problem.stat_dtype))
         s = ops.sweep(problem, need_cols=need_cols, keep=keep, backend=backend, group=pairs.group)
+        if positives is not None and keep and ctx.needs_input_grad[2]:  # products serve the gradient of the scale alone
+            products = positives.in_tiles(problem, products, s.deviation, backend)
         col_parts = None if s.col is None else s.col.parts
         # What was found out is kept here and not in `pairs`: torch.compile would lose it (torch 2.7).
         found = () if pairs.labels is None else (positives.number, positives.slot, positives.ordered, positives.inverse)
@@ -159,6 +162,8 @@ class _LogSumExp(torch.autograd.Function):
             beside = _beside_the_tiles(about.double(), (d_row, row), (d_col, col), d_pos, products)
         if ctx.pairs.labels is not None:
             c = _softmax_with_labels(d_row, d_pos, _or_zeros(d_gap, row), row, positives, about)
+            if about is not None:
+                beside = beside - torch.dot(_rounded(c, positives), products - about)
         else:
             row_weight, col_weight = (None if d is None else d.to(problem.stat_dtype)[None] for d in (d_row, d_col))
             c = Softmax(row_weight, row, col_weight, col, about=about)
@@ -179,23 +184,22 @@ def _or_zeros(upstream: Tensor | None, row: LogSumExp) -> Tensor:
 
 def _logits(products: Tensor, p: Problem) -> Tensor:
     """(N,) float64, of products (N,) of the rows with anything without a column bias."""
-    logits = products * p.logit_scale
-    return logits if p.row_bias is None else logits + p.row_bias
+    return products * p.logit_scale if p.row_bias is None else torch.addcmul(p.row_bias.double(), products, p.logit_scale.double())
 
 
 def _beside_the_tiles(about: Tensor, row: tuple, col: tuple, d_pos: Tensor, products: Tensor | None) -> Tensor:
-    """The part of d(logit_scale) outside the tiles, (1,) float64; theirs is sum_ij G_ij (<x_i, y_j> - about).
+    """The part of d(logit_scale) outside the tiles, float64; theirs is sum_ij G_ij (<x_i, y_j> - about).
 
-    It is that of the positives, about the same product, and what subtracting `about` from every product has removed. Near
-    convergence negatives pull one way what positives pull the other; so little is left to cancel.
+    It is that of the positives, about the same product, and what subtracting `about` from every product has removed: nothing
+    where there are positives, which pull one way what negatives pull the other, since a loss is of differences of the two.
     """
-    out, total = 0.0, 0.0
+    if products is not None:
+        return torch.dot(d_pos, products - about)
+    total = 0.0
     for d, lse in (row, col):
         if d is not None:  # each exp(s - lse) sums to 1, or there is none
             total = total + d.masked_fill(lse.top[0] == -torch.inf, 0.0).sum()
-    if products is not None:
-        out, total = torch.dot(d_pos, products - about), total + d_pos.sum()
-    return out + about * total
+    return about * total
 
 
 def _softmax_with_labels(
@@ -212,6 +216,15 @@ def _softmax_with_labels(
     offset = weight * labels.inverse
     dtype = row.parts.dtype
     return Softmax(torch.stack([d_row, weight]).to(dtype), row, row_offset=offset.to(dtype), about=about)
+
+
+def _rounded(c: Softmax, labels: SameLabel) -> Tensor:
+    """What rounding the coefficients of each row leaves of the sum of its G over its positives, which is 0, (N,) float64.
+
+    1/3 is rounded up in every row that has three: at convergence the gradient of the scale is no larger than what that makes.
+    """
+    of_offset = (c.row_offset / labels.inverse).masked_fill(labels.inverse == 0, 0.0)
+    return c.row_weight[1] - of_offset
 
 
 def _mean_product(p: Problem, group: str) -> Tensor:
@@ -233,31 +246,32 @@ class _SoftplusSum(torch.autograd.Function):
         positives = pairs.positives()
         problem = _problem(x, y, logit_scale, row_bias, None, pairs, positives)
         products = positives.products(problem, backend)
-        pos = _logits(products, problem)
-        of_positive = torch.nn.functional.softplus(-pos, threshold=50.0)
-        d_pos = torch.expm1(-of_positive)  # -sigmoid(-pos), from exp(-softplus(-pos)) = sigmoid(pos)
+        log_p = torch.nn.functional.logsigmoid(_logits(products, problem))  # the loss of a positive is -log_p
+        d_pos = torch.expm1(log_p)
+        # Ranks must have the same scale, bit by bit: there it is not made up for.
+        cut_off = None if pairs.group else positives.cut_off(problem, products, backend)
         if per_row:
-            ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos)
-            return ops.sweep_softplus(problem, keep=keep, backend=backend, group=pairs.group) + of_positive
+            ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos, cut_off)
+            return ops.sweep_softplus(_made_up(problem, cut_off), keep=keep, backend=backend, group=pairs.group) - log_p
         c, needs = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype)), _needs(*ctx.needs_input_grad[:4])
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
         beside = torch.dot(d_pos, products)
-        where = dict(backend=backend, group=pairs.group)
+        where = dict(backend=backend, group=pairs.group, cut_off=cut_off)
         g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=problem.stat_dtype, beside=beside, **where)
         ctx.save_for_backward(g.dx, g.dy, g.d_scale, g.g_rows)
         ctx.dtype = x.dtype
-        return (g.row_sum + of_positive).sum()
+        return (g.row_sum - log_p).sum()
 
     @staticmethod
     def backward(ctx, upstream):
         _first_order_only()
         if ctx.per_row:
-            x, y, logit_scale, row_bias, products, d_pos = ctx.saved_tensors
+            x, y, logit_scale, row_bias, products, d_pos, cut_off = ctx.saved_tensors
             positives = ctx.pairs.positives()
             problem = _problem(x, y, logit_scale, row_bias, None, ctx.pairs, positives)
             c, d_pos = Sigmoid(upstream.to(problem.stat_dtype)), d_pos * upstream
             needs, beside = _needs(*ctx.needs_input_grad[:4]), torch.dot(d_pos, products)
-            where = dict(backend=ctx.backend, group=ctx.pairs.group)
+            where = dict(backend=ctx.backend, group=ctx.pairs.group, cut_off=cut_off)
             g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=x.dtype, beside=beside, **where)
             return g.dx, g.dy, g.d_scale, g.g_rows, None, None, None, None
         # The gradient of a column has come from the rows of all ranks already, each with an upstream gradient of 1.
@@ -280,14 +294,24 @@ def _of_all_pairs(
     backend: str,
     group: str,
     kept: Tensor | None = None,
+    cut_off: Tensor | None = None,  # (1,) float64: of the products of tiles, if it is to be made up for
 ) -> Grads:
     """The gradients of the tiles and of the positives beside them: as leaves receive them, d_scale (1,) statistic dtype."""
-    g = ops.grad(p, c, needs, kept=kept, backend=backend, group=group)
+    g = ops.grad(_made_up(p, cut_off), c, needs, kept=kept, backend=backend, group=group)
     dx, dy, d_row_bias = g.dx, g.dy, g.g_rows
     if positives is None:
         dx, dy = (None if d is None else ops.finish(d, None, None, 0, p.logit_scale, dtype, backend=backend) for d in (dx, dy))
     else:
-        dx, dy = positives.finish(p, dx, dy, d_pos.to(p.stat_dtype), dtype, backend)
-        d_row_bias = d_row_bias + d_pos.to(p.stat_dtype) if needs.row_bias else None
-    d_scale = (g.d_scale + beside).to(p.stat_dtype).reshape(1) if needs.scale else None
+        d_pos = d_pos.to(p.stat_dtype)
+        dx, dy = positives.finish(p, dx, dy, d_pos, dtype, backend)
+        d_row_bias = d_row_bias + d_pos if needs.row_bias else None
+    d_scale = None
+    if needs.scale:
+        of_tiles = g.d_scale if cut_off is None else g.d_scale / cut_off
+        d_scale = (of_tiles + beside).to(p.stat_dtype).reshape(1)
     return replace(g, dx=dx, dy=dy, g_rows=d_row_bias, d_scale=d_scale)
+
+
+def _made_up(p: Problem, cut_off: Tensor | None) -> Problem:
+    """p with a scale that makes up for what is missing in the products of tiles."""
+    return p if cut_off is None else replace(p, logit_scale=(p.logit_scale / cut_off).to(p.stat_dtype))

@@ -3,6 +3,7 @@
     flashcl::sweep, flashcl::sweep_softplus    statistics of a block of logits
     flashcl::grad                              its gradients, given the coefficients of G
     flashcl::partner_products, flashcl::finish what is O(N D) about a positive that each row has, forward and backward
+    flashcl::cut_off                           how much of such a product is missing in the tiles
 
 With a group (ranks.py) the block is this rank's share of the world's, and no graph is being made (losses/common.py); without
 one, group is "".
@@ -91,6 +92,11 @@ def partner_products(x: Tensor, y: Tensor, shift: int, *, backend: str) -> Tenso
     return _partner_products(x, y, shift, backend)
 
 
+def cut_off(x: Tensor, y: Tensor, products: Tensor, shift: int, *, backend: str) -> Tensor:
+    """The factor by which `products` (partner_products of the same) are smaller in tiles, (1,) float64: one for all of them."""
+    return _cut_off(x, y, products, shift, backend)
+
+
 def finish(
     acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, dtype: torch.dtype, *, backend: str
 ) -> Tensor:
@@ -115,6 +121,23 @@ def same_on_all_ranks(v: Tensor, what: str, group: str) -> Tensor:
 @operator("partner_products", fake=lambda x, y, shift, backend: x.new_empty(x.shape[0], dtype=torch.float64))
 def _partner_products(x: Tensor, y: Tensor, shift: int, backend: str) -> Tensor:
     return dispatch.load(backend).partner_products(x, y, shift % max(len(y), 1))
+
+
+# Rows whose products are compared: 64 tiles of 128 x 128, one for about half of the multiprocessors.
+_COMPARED = 1024
+
+
+@operator("cut_off", fake=lambda x, y, products, shift, backend: products.new_empty(1))
+def _cut_off(x: Tensor, y: Tensor, products: Tensor, shift: int, backend: str) -> Tensor:
+    shift %= max(len(y), 1)
+    n = min(len(x), len(y) - shift)  # the other partners are on the left
+    step = max(-(-n // _COMPARED), 1)
+    in_tiles = dispatch.load(backend).partner_sum(x[:n:step], y[shift : shift + n : step]) if n > 0 else None
+    if in_tiles is None:
+        return torch.ones(1, dtype=products.dtype, device=products.device)
+    # Tensor cores add 8 products at a time, or more, and lose less than a unit in the last place each time.
+    most = x.shape[1] * 2**-24
+    return in_tiles.div_(products[:n:step].sum()).nan_to_num_(1.0, 1.0, 1.0).clamp_(1 - most, 1 + most).reshape(1)
 
 
 @operator("finish", fake=lambda *_: None, mutates=("acc", "out"))

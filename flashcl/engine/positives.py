@@ -1,8 +1,9 @@
 """Positives whose logits are O(N D): they stay out of the tiles, in full precision, forward and backward.
 
-Both kinds answer the same two questions, with t_i the mean of the positives of row i:
+Both kinds answer the same three questions, with t_i the mean of the positives of row i:
 
     products    <x_i, t_i>, (N,) float64
+    in_tiles    the same as tiles have it, which must cancel against their other products
     finish      dx_i = scale (dx_i + w_i t_i)
                 dy_j = scale (dy_j + sum of w_i x_i / |P(i)| over the rows i of which j is a positive)
 
@@ -31,6 +32,13 @@ class Partner:
 
     def products(self, p: Problem, backend: str) -> Tensor:
         return ops.partner_products(p.x, p.y, self.shift, backend=backend)
+
+    def cut_off(self, p: Problem, products: Tensor, backend: str) -> Tensor:
+        """The factor by which products are smaller in tiles, (1,) float64."""
+        return ops.cut_off(p.x, p.y, products, self.shift, backend=backend)
+
+    def in_tiles(self, p: Problem, products: Tensor, deviation: None, backend: str) -> Tensor:
+        return products * self.cut_off(p, products, backend)
 
     def finish(
         self, p: Problem, dx: Tensor | None, dy: Tensor | None, weight: Tensor, dtype: torch.dtype, backend: str
@@ -62,6 +70,11 @@ class SameLabel:
     def products(self, p: Problem, backend: str) -> Tensor:
         ones = torch.ones_like(p.x[:, 0], dtype=p.stat_dtype)[None]
         return _label_products(p.x, self._sums(p.x, ones), self.slot) * self.inverse
+
+    def in_tiles(self, p: Problem, products: Tensor, deviation: Tensor, backend: str) -> Tensor:
+        """deviation: of the logits of the positives from p.center, (N,), as a sweep of p has summed it."""
+        seen = (p.center + deviation * self.inverse) / p.logit_scale
+        return torch.where(seen.isfinite(), seen, products)
 
     def finish(
         self, p: Problem, dx: Tensor | None, dy: None, weight: Tensor, dtype: torch.dtype, backend: str

@@ -105,7 +105,7 @@ class LogSumExp:
 
     def value(self) -> Tensor:
         """(K, N) float64"""
-        return torch.add(self.top.double(), self.rest)
+        return self.parts.sum(1, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,12 @@ class Backend(Protocol):
 
     def partner_products(self, x: Tensor, y: Tensor, shift: int) -> Tensor:
         """(N,) float64: <x_i, y_j> with j = (i + shift) mod M."""
+
+    def partner_sum(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """() float64: sum_i <x_i, y_i>, of products as they are in tiles.
+
+        None where they are as often too large as too small: tensor cores cut off what a sum cannot hold, others round.
+        """
 
     def finish(
         self, acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor

@@ -78,7 +78,7 @@ def reduce(loss: Tensor, reduction: str, x: Tensor, group: Group | None, count: 
     """
     if reduction == "none":
         return wide(loss, x)
-    loss = loss.sum()
+    loss = loss.sum() if loss.dim() else loss
     if reduction == "mean":
         count = x.shape[0] if count is None else count
         loss = loss / _at_least_one(count) if group is None else _mean_over_ranks(loss, count, group)

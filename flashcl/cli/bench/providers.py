@@ -2,7 +2,8 @@
 
 Each is called the way its own documentation tells a user to, with its exact mode where it has an approximate one, and
 without its own normalisation, since the inputs are unit vectors. `Unavailable` says why a provider does not take part.
-The adapters of other packages were written for the versions in WRITTEN_FOR and have not run on a GPU.
+The adapters of other packages were written for the versions in WRITTEN_FOR; those of open_clip,
+quack and flex-attention have not run on a GPU.
 """
 
 from __future__ import annotations
