@@ -43,6 +43,11 @@ def equal_labels(rows, cols):
     return positive
 
 
+@triton.jit
+def equal_ids(rows, cols):
+    return rows[0][:, None] == cols[0][None, :]
+
+
 class Program(NamedTuple):
     drop: triton.JITFunction
     positive: triton.JITFunction | None
@@ -53,3 +58,5 @@ PROGRAMS = {
     "different": Program(drop_equal_ids, None),
     "by_label": Program(drop_equal_ids, equal_labels),
 }
+# Pairs of equal ids are the positives: what a sweep leaves of them are the products of partners, as tiles have them.
+PARTNERS = Program(keep_all, equal_ids)

@@ -31,7 +31,7 @@ class Lines(NamedTuple):
 
     sums: Any  # (K, 2, tiles, n) float32: top and total of every class
     center: Any = None  # (n,) float32
-    deviation: Any = None  # (tiles, n) float32: sum of s - center over the positives
+    deviation: Any = None  # (tiles, n) float32: sum of s - center over the positives, of s without a center
 
 
 # ---- log-sum-exps of a tile ----------------------------------------------------------------------------------------------
@@ -123,10 +123,12 @@ def sums_of_two_classes(
 
 
 @triton.jit
-def store_deviation(at, mask, s, positive, center, AXIS: tl.constexpr):
-    """The sum of s - center over the positives of each line."""
-    deviation = tl.where(positive & (s != float("-inf")), s - center, 0.0)  # past the edges anything may be a positive
-    tl.store(at, tl.sum(deviation, AXIS), mask=mask)
+def store_deviation(at, mask, s, positive, center, i, AXIS: tl.constexpr):
+    """The sum of s - center over the positives of each line i; of s without a center."""
+    counts = positive & (s != float("-inf"))  # past the edges anything may be a positive
+    if center is not None:
+        s -= tl.expand_dims(tl.load(center + i), AXIS)
+    tl.store(at, tl.sum(tl.where(counts, s, 0.0), AXIS), mask=mask)
 
 
 # ---- softplus ------------------------------------------------------------------------------------------------------------
@@ -190,12 +192,10 @@ def sweep_kernel(
             sums_of_one_class(s, row_sums, row_plane, col_sums, col_plane, col_mask, whole, COLS, SMALLEST)
         else:
             positive = POSITIVE(rows, cols)
-            if row.center is not None:
-                row_center = tl.load(row.center + n)[:, None]
-                store_deviation(row.deviation + row_at, None, s, positive, row_center, 1)
+            if row.deviation is not None:
+                store_deviation(row.deviation + row_at, None, s, positive, row.center, n, 1)
                 if COLS:
-                    col_center = tl.load(col.center + m)[None, :]
-                    store_deviation(col.deviation + col_at, col_mask, s, positive, col_center, 0)
+                    store_deviation(col.deviation + col_at, col_mask, s, positive, col.center, m, 0)
             sums_of_two_classes(s, positive, row_sums, row_plane, col_sums, col_plane, col_mask, whole, COLS, SMALLEST)
 
 

@@ -98,7 +98,7 @@ def sweep_softplus(p: Problem, *, workspace: int = tiled.WORKSPACE) -> Tensor:
         sums = ones.new_empty(_tiles(j), _whole(i))
         with _on(p.x.device) as stream:
             _C.sigmoid(a.block(i, j), ones, sums, stream=stream)
-        tiled.add_lines_(total, i, sums)
+        tiled.add_lines_(total, i, sums, first=j.start == 0)
     return total
 
 
@@ -112,7 +112,7 @@ def partner_products(x: Tensor, y: Tensor, shift: int) -> Tensor:
     return out
 
 
-def partner_sum(x: Tensor, y: Tensor) -> Tensor:
+def products_in_tiles(x: Tensor, y: Tensor) -> Tensor:
     here, (x, y) = slice(0, len(x)), (tiled.aligned(v.detach(), 8) for v in (x, y))
     one = torch.ones(1, dtype=torch.float32, device=x.device)
     label = torch.arange(_whole(here), dtype=torch.int32, device=x.device)  # each row has one positive, whose logit is all
@@ -121,7 +121,7 @@ def partner_sum(x: Tensor, y: Tensor) -> Tensor:
     with _on(x.device) as stream:
         block = _C.Block(x, y, one, row_label=label, col_label=label)
         _C.sweep(block, row_sums=sums, row_deviation=products, stream=stream)
-    return products.sum(dtype=torch.float64)
+    return products.sum(0, dtype=torch.float64)[: len(x)]
 
 
 def finish(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor) -> None:
@@ -146,7 +146,7 @@ def grad(
     kept: Tensor | None = None,
     workspace: int = tiled.WORKSPACE,
 ) -> Grads:
-    total, D = Grads.zeros(p, c, needs), p.x.shape[1]
+    total, D = Grads.zeros(p, c, needs._replace(scale=False)), p.x.shape[1]
     dx, dy = total.dx, total.dy
     a = _Arguments.of(p)
     c, lift = tiled.lifted(c, p.x.dtype)
@@ -168,9 +168,9 @@ def grad(
             sums = _tile_sums(p, i, j, needs, of_strip, softplus=isinstance(c, Sigmoid))
             _launch(a.block(i, j), c, row.at(i), col and col.at(j), sums, g, stream)
 
-            tiled.add_lines_(total.g_rows, i, sums.g_rows)
-            tiled.add_lines_(total.g_cols, j, sums.g_cols)
-            tiled.add_lines_(total.row_sum, i, sums.softplus)
+            tiled.add_lines_(total.g_rows, i, sums.g_rows, first=j.start == 0)
+            tiled.add_lines_(total.g_cols, j, sums.g_cols, first=i.start == 0)
+            tiled.add_lines_(total.row_sum, i, sums.softplus, first=j.start == 0)
             own = i.stop - i.start if p.triangular and i.start == j.start else 0  # columns of the strip that are its rows
             if own and of_strip is not None:  # there G + G^T meets every pair twice
                 of_strip[:, : -(-own // _C.TILE)] *= 0.5
@@ -183,7 +183,7 @@ def grad(
                 if p.triangular and own < len(y):
                     addmm_(dx[j.start + own : j.stop], g[:, own:].T, x)
     if scaled is not None:
-        total.d_scale.add_(scaled.sum(dtype=torch.float64))
+        total = dataclasses.replace(total, d_scale=scaled.sum(dtype=torch.float64))
     tiled.unlift_(total, lift)
     return total
 

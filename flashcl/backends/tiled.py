@@ -190,7 +190,12 @@ def unlift_(total: Grads, lift: Tensor | None) -> None:
             d /= lift
 
 
-def add_lines_(total: Tensor | None, at: slice, sums: Tensor | None) -> None:
-    """total[at] += what all tiles left of these lines, (tiles, n rounded up)."""
-    if total is not None:
-        total[at].add_(sums.sum(0)[: at.stop - at.start])
+def add_lines_(total: Tensor | None, at: slice, sums: Tensor | None, *, first: bool) -> None:
+    """total[at] += what all tiles left of these lines, (tiles, n rounded up); what is there before the first time is 0."""
+    if total is None:
+        return
+    sums = sums[:, : at.stop - at.start]
+    if first:
+        torch.sum(sums, 0, out=total[at])
+    else:
+        total[at].add_(sums.sum(0))

@@ -317,12 +317,12 @@ def partner_products(x: Tensor, y: Tensor, shift: int) -> Tensor:
     return out
 
 
-def partner_sum(x: Tensor, y: Tensor) -> Tensor | None:
+def products_in_tiles(x: Tensor, y: Tensor) -> Tensor | None:
     if not x.is_cuda or x.itemsize > 2:
         return None
     products = torch.empty(len(x), len(x), dtype=torch.float32, device=x.device)
     mm(x, y.T, out=products)
-    return products.diagonal().sum(dtype=torch.float64)
+    return products.diagonal().double()
 
 
 def finish(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor) -> None:

@@ -15,7 +15,7 @@ from flashcl.backends.gemm import addmm_
 from flashcl.engine.problem import Grads, Needs, Problem, Sigmoid, Softmax, Statistics
 from flashcl.triton_kernels import config, grad as grad_kernels, rows as row_kernels, sweep as sweep_kernels
 from flashcl.triton_kernels.grad import Side, Sums
-from flashcl.triton_kernels.programs import PROGRAMS
+from flashcl.triton_kernels.programs import PARTNERS, PROGRAMS
 from flashcl.triton_kernels.sweep import Lines
 from flashcl.triton_kernels.tile import Block, cdiv
 
@@ -123,7 +123,7 @@ def sweep_softplus(p: Problem, *, plan: Plan | None = None) -> Tensor:
         x, y, block = _block(p, i, j)
         sums = total.new_empty(cdiv(block.M, plan.tile.BM), tiled.whole(block.N, plan.tile.BN))
         sweep_kernels.sweep(x, y, block, None, None, sums, program, False, plan.tile)
-        tiled.add_lines_(total, i, sums)
+        tiled.add_lines_(total, i, sums, first=j.start == 0)
     return total
 
 
@@ -133,15 +133,16 @@ def sweep_softplus(p: Problem, *, plan: Plan | None = None) -> Tensor:
 partner_products, finish = row_kernels.partner_products, row_kernels.finish
 
 
-def partner_sum(x: Tensor, y: Tensor) -> Tensor:
+def products_in_tiles(x: Tensor, y: Tensor) -> Tensor:
     label = torch.arange(len(x), dtype=torch.int32, device=x.device)  # each row has one positive, whose logit is all
-    one, center = (make(n, dtype=torch.float32, device=x.device) for make, n in ((torch.ones, 1), (torch.zeros, len(x))))
-    p = _loadable(Problem.of(x, y, one, None, None, "by_label", (label, label), (~label, label), center))
+    one = torch.ones(1, dtype=torch.float32, device=x.device)
+    p = _loadable(Problem(x, y, one, None, None, "by_label", (label,), (label,)))
     tile = Plan.of(p, _sweep_entry(p)).tile
     x, y, block = _block(p, slice(0, len(p.x)), slice(0, len(p.y)))
-    rows = _lines(p, p.center, cdiv(block.M, tile.BM), tiled.whole(block.N, tile.BN), slice(0, block.N))
-    sweep_kernels.sweep(x, y, block, rows, None, None, PROGRAMS[p.program], False, tile)
-    return rows.deviation.sum(dtype=torch.float64)
+    rows = _lines(p, None, cdiv(block.M, tile.BM), tiled.whole(block.N, tile.BN), slice(0, block.N))
+    products = torch.empty_like(rows.sums[0, 0])  # (tiles, n)
+    sweep_kernels.sweep(x, y, block, rows._replace(deviation=products), None, None, PARTNERS, False, tile)
+    return products.sum(0, dtype=torch.float64)[: len(x)]
 
 
 # ---- grad ----------------------------------------------------------------------------------------------------------------
@@ -158,12 +159,12 @@ def grad(
     plan = plan or Plan.of(p, _grad_entry(p, c, needs.scale))
     c, lift = tiled.lifted(c, p.x.dtype)
     row, col = tiled.sides(p, c, config.LARGEST)
-    total, D = Grads.zeros(p, c, needs), p.x.shape[1]
+    total, D = Grads.zeros(p, c, needs._replace(scale=False)), p.x.shape[1]
     dx, dy = total.dx, total.dy
     need_g = dx is not None or dy is not None
 
     p, program = _loadable(p), PROGRAMS[p.program]
-    buffer = None  # of G: the first block is the largest
+    buffer, of_tiles = None, []  # of G: the first block is the largest; what the gradient of the scale is of each tile
     for i, j in tiled.blocks(p, plan.workspace / p.x.itemsize, plan.step()):
         diagonal = p.triangular and i == j
         tile = plan.square if diagonal else plan.tile
@@ -175,15 +176,14 @@ def grad(
             padded = buffer[: math.prod(shape)].view(shape)
         tiles = grad_kernels.grid(block, tile, diagonal)
         scaled = torch.empty(tiles, dtype=torch.float32, device=x.device) if needs.scale else None
+        of_tiles.append(scaled)
         about = c.about if needs.scale and isinstance(c, Softmax) else None
         sums = _sums_of_tiles(total, block, tile, scaled, about)
         grad_kernels.grad(x, y, block, _side(row, i), _side(col, j), padded, sums, program, diagonal, tile)
 
-        tiled.add_lines_(total.g_rows, i, sums.g_rows)
-        tiled.add_lines_(total.g_cols, j, sums.g_cols)
-        tiled.add_lines_(total.row_sum, i, sums.softplus)
-        if needs.scale:
-            total.d_scale.add_(sums.scaled.sum(dtype=torch.float64))
+        tiled.add_lines_(total.g_rows, i, sums.g_rows, first=j.start == 0)
+        tiled.add_lines_(total.g_cols, j, sums.g_cols, first=i.start == 0)
+        tiled.add_lines_(total.row_sum, i, sums.softplus, first=j.start == 0)
         if need_g:
             g = padded[: block.N, : block.M]
             if dx is not None:
@@ -193,6 +193,9 @@ def grad(
             if p.triangular and not diagonal:
                 addmm_(dx[j], g.T, x[:, :D])
 
+    if needs.scale:
+        scaled = of_tiles[0] if len(of_tiles) == 1 else torch.cat([p.logit_scale[:0], *of_tiles])
+        total = dataclasses.replace(total, d_scale=scaled.sum(dtype=torch.float64))
     tiled.unlift_(total, lift)
     return total
 

@@ -184,7 +184,8 @@ def _or_zeros(upstream: Tensor | None, row: LogSumExp) -> Tensor:
 
 def _logits(products: Tensor, p: Problem) -> Tensor:
     """(N,) float64, of products (N,) of the rows with anything without a column bias."""
-    return products * p.logit_scale if p.row_bias is None else torch.addcmul(p.row_bias.double(), products, p.logit_scale.double())
+    logits = products * p.logit_scale
+    return logits if p.row_bias is None else logits + p.row_bias
 
 
 def _beside_the_tiles(about: Tensor, row: tuple, col: tuple, d_pos: Tensor, products: Tensor | None) -> Tensor:
@@ -307,11 +308,13 @@ def _of_all_pairs(
         d_row_bias = d_row_bias + d_pos if needs.row_bias else None
     d_scale = None
     if needs.scale:
-        of_tiles = g.d_scale if cut_off is None else g.d_scale / cut_off
-        d_scale = (of_tiles + beside).to(p.stat_dtype).reshape(1)
+        of_tiles = g.d_scale.reshape(1) if cut_off is None else g.d_scale / cut_off
+        d_scale = torch.add(of_tiles, beside, out=torch.empty_like(p.logit_scale))  # rounds
     return replace(g, dx=dx, dy=dy, g_rows=d_row_bias, d_scale=d_scale)
 
 
 def _made_up(p: Problem, cut_off: Tensor | None) -> Problem:
     """p with a scale that makes up for what is missing in the products of tiles."""
-    return p if cut_off is None else replace(p, logit_scale=(p.logit_scale / cut_off).to(p.stat_dtype))
+    if cut_off is None:
+        return p
+    return replace(p, logit_scale=torch.div(p.logit_scale, cut_off, out=torch.empty_like(p.logit_scale)))

@@ -132,12 +132,13 @@ def _cut_off(x: Tensor, y: Tensor, products: Tensor, shift: int, backend: str) -
     shift %= max(len(y), 1)
     n = min(len(x), len(y) - shift)  # the other partners are on the left
     step = max(-(-n // _COMPARED), 1)
-    in_tiles = dispatch.load(backend).partner_sum(x[:n:step], y[shift : shift + n : step]) if n > 0 else None
+    in_tiles = dispatch.load(backend).products_in_tiles(x[:n:step], y[shift : shift + n : step]) if n > 0 else None
     if in_tiles is None:
         return torch.ones(1, dtype=products.dtype, device=products.device)
-    # Tensor cores add 8 products at a time, or more, and lose less than a unit in the last place each time.
-    most = x.shape[1] * 2**-24
-    return in_tiles.div_(products[:n:step].sum()).nan_to_num_(1.0, 1.0, 1.0).clamp_(1 - most, 1 + most).reshape(1)
+    # Of each product the same share, as far as products are sums of the same sign: the slope of a line through them.
+    products = products[:n:step]
+    slope = torch.dot(in_tiles, products).div_(torch.dot(products, products))
+    return slope.nan_to_num_(1.0, 1.0, 1.0).reshape(1)  # of nothing but zeros, or of what is not finite
 
 
 @operator("finish", fake=lambda *_: None, mutates=("acc", "out"))

@@ -207,8 +207,8 @@ class Backend(Protocol):
     def partner_products(self, x: Tensor, y: Tensor, shift: int) -> Tensor:
         """(N,) float64: <x_i, y_j> with j = (i + shift) mod M."""
 
-    def partner_sum(self, x: Tensor, y: Tensor) -> Tensor | None:
-        """() float64: sum_i <x_i, y_i>, of products as they are in tiles.
+    def products_in_tiles(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """(N,) float64: <x_i, y_i> as they are in tiles.
 
         None where they are as often too large as too small: tensor cores cut off what a sum cannot hold, others round.
         """
