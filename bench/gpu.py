@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -198,14 +199,14 @@ class Check:
             return f"nothing to check: {reason}"
         if tool is None:
             return "not run: compute-sanitizer is not here"
-        if check == "memcheck":  # calls of the driver that fail may be PyTorch's, which asks what there is
-            options = ["--report-api-errors", "no"]
-        else:  # kernels of cuBLAS let what look like races pass: of races only ours are looked for
-            options = [word for name in kernels_of(backend) for word in ("--kernel-name", f"kernel_substring={name}")]
+        # Calls of the driver that fail may be PyTorch's, which asks what there is. No filter of kernels: with one, the tool
+        # (CUDA 13.0) could not handle an exception of its own in a product of cuBLAS.
+        options = ["--report-api-errors", "no"] if check == "memcheck" else []
         program = [sys.executable, "bench/small_shapes.py", backend, dtype]
         # Without PyTorch's cache an access beyond a tensor is one beyond its allocation.
         watch = [tool, "--tool", check, "--error-exitcode", "9", *options, *program]
-        return sanitized(*self.run("sanitizer", watch, PYTORCH_NO_CUDA_MEMORY_CACHING="1"))
+        code, text = self.run("sanitizer", watch, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        return sanitized(code, text, kernels_of(backend))
 
     def not_usable(self, backend: str) -> str | None:
         match = re.search(rf"^{backend} +not usable: (.*)$", self.state["build"], re.M)
@@ -339,15 +340,20 @@ def backend_of(test: str) -> str:
     return next((name for name in ("torch", *KERNELS) if re.search(rf"[\[-]{name}[\]-]", test)), "others")
 
 
-def sanitized(code: int | None, text: str) -> str:
-    """ "clean" only where the program came to its end and the tool says that it found nothing."""
+def sanitized(code: int | None, text: str, ours: Sequence[str]) -> str:
+    """ "clean" only where the program came to its end and the tool says that it found nothing, or races in cuBLAS alone.
+
+    Kernels of cuBLAS let pass what look like races. ours: parts of the names of the kernels that count.
+    """
     if code is None:
         return "not finished"
-    if (
-        code == 0
-        and "all shapes done" in text
-        and re.search(r"SUMMARY: 0 (errors|hazards)", text.replace("displayed ", ""))
-    ):
+    found = re.findall(r"^=+ (?:Internal Sanitizer )?(?:Error|Warning): .*(?:\n=+     and .*)?", text, re.M)
+    race = r"=+ \w+: Race reported between \w+ access at (.+?)\+0x\w+\n=+     and \w+ access at (.+?)\+0x\w+ .*"
+    races = [re.fullmatch(race, report) for report in found]
+    others = all(race and not any(name in kernel for kernel in race.groups() for name in ours) for race in races)
+    summary = re.search(r"SUMMARY: (\d+) (?:errors?|hazards?)", text.replace("displayed ", ""))
+    counted = summary and (int(summary[1]) == 0 and code == 0 or others and int(summary[1]) == len(found))
+    if "all shapes done" in text and counted and others:
         return "clean"
     last = [line for line in text.splitlines() if "SUMMARY" in line or "Error" in line][-1:]
     return f"errors, code {code}: {last[0].strip() if last else 'see gpu-log.txt'}"

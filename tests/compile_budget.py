@@ -126,6 +126,10 @@ def sigmoid(p):
     backend.grad(p, Sigmoid(torch.empty(len(p.x))), Needs(x=True, y=True, row_bias=True, scale=True))
 
 
+def products(p):
+    backend.products_in_tiles(p.x, p.y)
+
+
 def kernels(dtype, N, shapes=("", " triangular", " biased")):
     """(name, call, problem): the largest kernels that every row of the table serves."""
     for shape in shapes:
@@ -135,6 +139,7 @@ def kernels(dtype, N, shapes=("", " triangular", " biased")):
                 yield f"{call.__name__} {program}{shape}", call, p
     p = problem("different", dtype, N)
     yield "grad_fixed_scale different", grad_fixed_scale, p
+    yield "products", products, p
     p = problem("all", dtype, N, biased=True)
     yield "softplus", softplus, p
     yield "sigmoid", sigmoid, p

@@ -493,6 +493,17 @@ def test_deviations_of_the_positives_from_a_center(workspace):
         assert_close(got.deviation, ref, 1e-6 * N * s[s.isfinite()].abs().max().item() if N > 1 else 0, relative=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_products_in_tiles(dtype, generator):
+    """Of rows with any stride: whole and ragged tiles, one and several."""
+    for N in (1, 31, 64, 150):
+        x, y = (torch.randn(3 * N, 20, generator=generator).to(dtype)[::3] for _ in range(2))
+        exact = (x.double() * y.double()).sum(1)
+        got = backend.products_in_tiles(x, y)
+        assert got.dtype == torch.float64 and got.shape == (N,)
+        assert_close(got, exact, 1e-6)
+
+
 def test_triangular_walks_half_of_the_tiles(monkeypatch):
     tiles = Spy(monkeypatch, sweep_module, "product")
     check_sweep(problem(160, 160, 16, triangular=True))
