@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import sys
 import tempfile
@@ -129,8 +128,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--out", type=Path, help="write the results there as JSON")
     args = parser.parse_args()
-    here = environment(torch.device("cpu")) | dict(command=shlex.join(["python", *sys.argv]))
-    results = dict(environment=here, rows=[])
+    results = dict(environment=environment(torch.device("cpu")), rows=[])
     print(*(f"{k}: {v}" for k, v in results["environment"].items()), sep="\n", end="\n\n")
     print(f"{'loss':<10}{'ranks':>6} {'strategy':<9}{'step s':>8}{'sent MB':>9}{'/ least':>8}", end="")
     print(f"{'slow link s':>13}{'exposed':>9}{'hidden':>8}")

@@ -128,7 +128,7 @@ def test_ranks_on_one_machine(tmp_path):
     subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["environment"]["command"].endswith("--out " + str(tmp_path / "r.json"))
-    assert found["environment"]["command"].startswith("python ") and found["environment"]["torch"] == torch.__version__
+    assert found["environment"]["command"].startswith("python bench/distributed.py ") and found["environment"]["torch"] == torch.__version__
     assert [(row["world"], row["strategy"]) for row in found["rows"]] == [(2, "ring"), (2, "gather")]
     for row in found["rows"]:
         assert 0 < row["least_mb"] < row["sent_mb"] and 0 < row["step_s"] < 10 and 0 <= row["exposed"] < 1

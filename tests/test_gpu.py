@@ -107,6 +107,15 @@ def test_contract_at_full_size(backend, loss):
     assert outside(loss, "init", BF16, backend, n=4096, m=6001, d=768) == []
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_siglip_where_positives_and_negatives_cancel(backend):
+    """At the optimum of the bias: products that tensor cores make 1e-6 too small would be several times outside."""
+    usable(backend, BF16)
+    c = case("siglip", "cone", n=2048, d=768)
+    c = replace(c, tensors=c.tensors | dict(logit_bias=torch.tensor(-20.5, dtype=torch.float64)))
+    assert violations(c, BF16, backend=backend, device=DEVICE) == []
+
+
 SHAPES = [(1, 1, 1), (1, 300, 5), (3, 7, 2), (127, 129, 64), (128, 128, 128), (255, 700, 100), (1000, 1111, 17)]
 
 

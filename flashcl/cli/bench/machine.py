@@ -36,9 +36,16 @@ def environment(device: torch.device) -> dict[str, str | float]:
         **{package: version(package, missing="none") for package in ("triton", *WRITTEN_FOR)},
         commit=_commit(),
         load_before=os.getloadavg()[0] if hasattr(os, "getloadavg") else "none",  # Windows has none
-        command=shlex.join(["flashcl", *sys.argv[1:]]),
+        command=_command(),
         date=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
     )
+
+
+def _command() -> str:
+    """As one would type it: flashcl, or a script of bench/."""
+    script = Path(sys.argv[0])
+    program = ["python", f"{script.parent.name}/{script.name}"] if script.suffix == ".py" else ["flashcl"]
+    return shlex.join([*program, *sys.argv[1:]])
 
 
 def _commit() -> str:
