@@ -249,11 +249,11 @@ class _SoftplusSum(torch.autograd.Function):
         products = positives.products(problem, backend)
         log_p = torch.nn.functional.logsigmoid(_logits(products, problem))  # the loss of a positive is -log_p
         d_pos = torch.expm1(log_p)
-        # Ranks must have the same scale, bit by bit: there it is not made up for.
-        cut_off = None if pairs.group else positives.cut_off(problem, products, backend)
+        cut_off = positives.cut_off(problem, products, backend)
         if per_row:
             ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos, cut_off)
-            return ops.sweep_softplus(_made_up(problem, cut_off), keep=keep, backend=backend, group=pairs.group) - log_p
+            where = dict(keep=keep, backend=backend, group=pairs.group)
+            return ops.sweep_softplus(problem, tile_scale=_tile_scale(problem, cut_off), **where) - log_p
         c, needs = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype)), _needs(*ctx.needs_input_grad[:4])
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
         beside = torch.dot(d_pos, products)
@@ -298,7 +298,7 @@ def _of_all_pairs(
     cut_off: Tensor | None = None,  # (1,) float64: of the products of tiles, if it is to be made up for
 ) -> Grads:
     """The gradients of the tiles and of the positives beside them: as leaves receive them, d_scale (1,) statistic dtype."""
-    g = ops.grad(_made_up(p, cut_off), c, needs, kept=kept, backend=backend, group=group)
+    g = ops.grad(p, c, needs, tile_scale=_tile_scale(p, cut_off), kept=kept, backend=backend, group=group)
     dx, dy, d_row_bias = g.dx, g.dy, g.g_rows
     if positives is None:
         dx, dy = (None if d is None else ops.finish(d, None, None, 0, p.logit_scale, dtype, backend=backend) for d in (dx, dy))
@@ -313,8 +313,6 @@ def _of_all_pairs(
     return replace(g, dx=dx, dy=dy, g_rows=d_row_bias, d_scale=d_scale)
 
 
-def _made_up(p: Problem, cut_off: Tensor | None) -> Problem:
-    """p with a scale that makes up for what is missing in the products of tiles."""
-    if cut_off is None:
-        return p
-    return replace(p, logit_scale=torch.div(p.logit_scale, cut_off, out=torch.empty_like(p.logit_scale)))
+def _tile_scale(p: Problem, cut_off: Tensor | None) -> Tensor | None:
+    """The scale of p, larger by what is missing in the products of tiles."""
+    return None if cut_off is None else torch.div(p.logit_scale, cut_off, out=torch.empty_like(p.logit_scale))

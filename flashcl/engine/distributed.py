@@ -36,7 +36,8 @@ class _World:
     col_center: Tensor | None
 
     @staticmethod
-    def meet(what: str, p: Problem, group: str, **same) -> _World:
+    def meet(what: str, p: Problem, group: str, tile_scale: Tensor | None = None, **same) -> _World:
+        """tile_scale: what the tiles of this rank take for logit_scale; None: the same."""
         same |= {
             "D": p.x.shape[1],
             "dtype": str(p.x.dtype),
@@ -51,6 +52,7 @@ class _World:
         if not sum(sizes) or not sum(lines):
             raise ValueError(f"no rank of the group has rows: counts are {ranks.counts}")
         p = _with_ids_of_the_world(p, ranks)
+        p = p if tile_scale is None else replace(p, logit_scale=tile_scale)
 
         def of_all(v):
             return None if v is None else ranks.all_lines(v, lines)
@@ -168,8 +170,8 @@ def _sum_over_ranks(world: _World, own: Tensor | None, others: Tensor | None) ->
     return world.ranks.all_reduce_(others)[world.own_lines()]
 
 
-def sweep_softplus(backend: Backend, p: Problem, group: str, *, keep: bool) -> Tensor:
-    world = _World.meet("the sums of a loss", p, group, **{"any gradient wanted": keep})
+def sweep_softplus(backend: Backend, p: Problem, group: str, *, tile_scale: Tensor | None, keep: bool) -> Tensor:
+    world = _World.meet("the sums of a loss", p, group, tile_scale, **{"any gradient wanted": keep})
     total = torch.zeros(len(p.x), dtype=p.stat_dtype, device=p.x.device)
     for block in exchange(world.ranks, p.y, world.lines, world.share()).walk():
         if len(block.y) and len(p.x):
@@ -186,9 +188,11 @@ def grad(
     c: Softmax | Sigmoid,
     needs: Needs,
     group: str,
+    *,
+    tile_scale: Tensor | None,
 ) -> Grads:
     wanted = [name for name, need in needs._asdict().items() if need]
-    world = _World.meet("the gradients of a loss", p, group, **{"gradients wanted": wanted})
+    world = _World.meet("the gradients of a loss", p, group, tile_scale, **{"gradients wanted": wanted})
     p = world.p
     total = Grads.zeros(p, c, needs, cols=sum(world.lines))
     dx, dy = total.dx, total.dy

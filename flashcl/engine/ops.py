@@ -15,6 +15,7 @@ A triangular problem goes without y. An absent output is a tensor without elemen
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -54,10 +55,13 @@ def sweep(problem: Problem, *, need_cols: bool, keep: bool, backend: str, group:
     )
 
 
-def sweep_softplus(problem: Problem, *, keep: bool, backend: str, group: str) -> Tensor:
-    """`problem.py` says what comes back; keep: whether there will be a backward, in which the ranks of a group must agree."""
+def sweep_softplus(problem: Problem, *, tile_scale: Tensor | None, keep: bool, backend: str, group: str) -> Tensor:
+    """`problem.py` says what comes back; keep: whether there will be a backward, in which the ranks of a group must agree.
+
+    tile_scale: what tiles take for logit_scale, which all ranks have alike; None: the same.
+    """
     assert not problem.triangular
-    return _sweep_softplus(*_unpack(problem), keep, backend, group)
+    return _sweep_softplus(*_unpack(problem), tile_scale, keep, backend, group)
 
 
 def grad(
@@ -65,18 +69,19 @@ def grad(
     c: Softmax | Sigmoid,
     needs: Needs,
     *,
+    tile_scale: Tensor | None = None,
     kept: Tensor | None = None,
     backend: str,
     group: str,
 ) -> Grads:
-    """`problem.py` says what comes back."""
+    """`problem.py` says what comes back; tile_scale: as of sweep_softplus."""
     if isinstance(c, Sigmoid):
         assert not problem.triangular
         vectors = [c.row_weight] + [None] * 6
     else:
         row_lse, col_lse = (None if lse is None else lse.parts for lse in (c.row_lse, c.col_lse))
         vectors = [c.row_weight, row_lse, c.col_weight, col_lse, c.row_offset, c.col_offset, c.about]
-    dx, dy, g_rows, g_cols, d_scale, row_sum = _grad(*_unpack(problem), *vectors, kept, list(needs), backend, group)
+    dx, dy, g_rows, g_cols, d_scale, row_sum = _grad(*_unpack(problem), *vectors, tile_scale, kept, list(needs), backend, group)
     return Grads(
         dx if needs.x else None,
         dy if needs.y and not problem.triangular else None,
@@ -208,17 +213,24 @@ def _sweep_softplus(
     program: str,
     rows: list[Tensor],
     cols: list[Tensor],
+    tile_scale: Tensor | None,
     keep: bool,
     backend: str,
     group: str,
 ) -> Tensor:
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols)
     module = dispatch.load(backend)
-    return distributed.sweep_softplus(module, problem, group, keep=keep) if group else module.sweep_softplus(problem)
+    if group:
+        return distributed.sweep_softplus(module, problem, group, tile_scale=tile_scale, keep=keep)
+    return module.sweep_softplus(_scaled(problem, tile_scale))
+
+
+def _scaled(problem: Problem, tile_scale: Tensor | None) -> Problem:
+    return problem if tile_scale is None else replace(problem, logit_scale=tile_scale)
 
 
 def _empty_grads(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_lse, col_weight, col_lse,
-      row_offset, col_offset, about, kept, needs, backend, group):  # fmt: skip
+      row_offset, col_offset, about, tile_scale, kept, needs, backend, group):  # fmt: skip
     new, needs = logit_scale.new_empty, Needs(*needs)
     return (
         new(x.shape if needs.x else 0),
@@ -247,6 +259,7 @@ def _grad(
     row_offset: Tensor | None,
     col_offset: Tensor | None,
     about: Tensor | None,
+    tile_scale: Tensor | None,
     kept: Tensor | None,
     needs: list[bool],
     backend: str,
@@ -259,5 +272,8 @@ def _grad(
         row, col = LogSumExp(row_lse), None if col_lse is None else LogSumExp(col_lse)
         c = Softmax(row_weight, row, col_weight, col, row_offset, col_offset, about)
     module, needs = dispatch.load(backend), Needs(*needs)
-    g = distributed.grad(module, problem, c, needs, group) if group else module.grad(problem, c, needs, kept=kept)
+    if group:
+        g = distributed.grad(module, problem, c, needs, group, tile_scale=tile_scale)
+    else:
+        g = module.grad(_scaled(problem, tile_scale), c, needs, kept=kept)
     return _present(g.dx, g.dy, g.g_rows, g.g_cols, g.d_scale, g.row_sum, like=logit_scale)
