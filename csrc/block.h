@@ -35,8 +35,8 @@ struct Block {
 // whole tiles: what lies past the edges is stored, and looked at by nobody.
 struct Lines {
   float* sums;          // (K, 2, T, n): top in bits, and total = sum of 2^(t - top), of every class; null if not wanted
-  const float* center;  // (n,) or null
-  float* deviation;     // (T, n): sum of s - center over the positives; null without a center
+  const float* center;  // (n,) or null: 0
+  float* deviation;     // (T, n) or null: sum of s - center over the positives
 };
 
 // log-sum-exps of the lines of a block, as coefficients: G_ij = weight exp(s_ij - lse) (- offset, where the class is

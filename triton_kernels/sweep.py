@@ -30,8 +30,8 @@ class Lines(NamedTuple):
     """
 
     sums: Any  # (K, 2, tiles, n) float32: top and total of every class
-    center: Any = None  # (n,) float32
-    deviation: Any = None  # (tiles, n) float32: sum of s - center over the positives, of s without a center
+    center: Any = None  # (n,) float32, or None: 0
+    deviation: Any = None  # (tiles, n) float32, or None: sum of s - center over the positives
 
 
 # ---- log-sum-exps of a tile ----------------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def sums_of_two_classes(
 
 @triton.jit
 def store_deviation(at, mask, s, positive, center, i, AXIS: tl.constexpr):
-    """The sum of s - center over the positives of each line i; of s without a center."""
+    """The sum of s - center over the positives of each line i."""
     counts = positive & (s != float("-inf"))  # past the edges anything may be a positive
     if center is not None:
         s -= tl.expand_dims(tl.load(center + i), AXIS)

@@ -129,7 +129,6 @@ def sweep_softplus(p: Problem, *, plan: Plan | None = None) -> Tensor:
 
 # ---- one positive a row --------------------------------------------------------------------------------------------------
 
-
 partner_products, finish = row_kernels.partner_products, row_kernels.finish
 
 
@@ -138,10 +137,10 @@ def products_in_tiles(x: Tensor, y: Tensor) -> Tensor:
     one = torch.ones(1, dtype=torch.float32, device=x.device)
     p = _loadable(Problem(x, y, one, None, None, "by_label", (label,), (label,)))
     tile = Plan.of(p, _sweep_entry(p)).tile
-    x, y, block = _block(p, slice(0, len(p.x)), slice(0, len(p.y)))
-    rows = _lines(p, None, cdiv(block.M, tile.BM), tiled.whole(block.N, tile.BN), slice(0, block.N))
-    products = torch.empty_like(rows.sums[0, 0])  # (tiles, n)
-    sweep_kernels.sweep(x, y, block, rows._replace(deviation=products), None, None, PARTNERS, False, tile)
+    x, y, block = _block(p, slice(0, len(x)), slice(0, len(y)))
+    along_rows = cdiv(block.M, tile.BM), tiled.whole(block.N, tile.BN)
+    sums, products = one.new_empty(2, 2, *along_rows), one.new_empty(along_rows)
+    sweep_kernels.sweep(x, y, block, Lines(sums, deviation=products), None, None, PARTNERS, False, tile)
     return products.sum(0, dtype=torch.float64)[: len(x)]
 
 
@@ -164,7 +163,8 @@ def grad(
     need_g = dx is not None or dy is not None
 
     p, program = _loadable(p), PROGRAMS[p.program]
-    buffer, of_tiles = None, []  # of G: the first block is the largest; what the gradient of the scale is of each tile
+    buffer = None  # of G: the first block is the largest
+    of_tiles = []  # the part of each tile in the gradient of the scale, block by block
     for i, j in tiled.blocks(p, plan.workspace / p.x.itemsize, plan.step()):
         diagonal = p.triangular and i == j
         tile = plan.square if diagonal else plan.tile
