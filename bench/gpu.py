@@ -199,10 +199,10 @@ class Check:
             return f"nothing to check: {reason}"
         if tool is None:
             return "not run: compute-sanitizer is not here"
-        # Calls of the driver that fail may be PyTorch's, which asks what there is. No filter of kernels: with one, racecheck
-        # ended in an error of its own at a product of cuBLAS (bench/NOTES.md).
+        # Calls of the driver that fail may be PyTorch's, which asks what there is.
         options = ["--report-api-errors", "no"] if check == "memcheck" else []
         program = [sys.executable, "bench/small_shapes.py", backend, dtype]
+        program += ["--float32-products"] if check == "racecheck" else []
         # Without PyTorch's cache an access beyond a tensor is one beyond its allocation.
         watch = [tool, "--tool", check, "--error-exitcode", "9", *options, *program]
         code, text = self.run("sanitizer", watch, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
