@@ -11,6 +11,7 @@ versions and sources are the same. Exit code 0: all is right; 1: something faile
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -18,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
-SOURCES = ("flashcl", "triton_kernels", "csrc", "tests", "bench/*.py", "setup.py", "pyproject.toml")
+SOURCES = ("flashcl", "triton_kernels", "csrc", "tests", "bench/small_shapes.py", "setup.py", "pyproject.toml")
 KERNELS = ("cuda", "triton")
 WATCHED = [  # by the sanitizer; float16 takes the ways of bfloat16
     f"{kernels} {check}"
@@ -122,6 +124,7 @@ class Check:
                 code = process.wait(left)
             except subprocess.TimeoutExpired:
                 code = None
+                interrupt(process)
             finally:
                 kill(process)
                 self.running.discard(process)
@@ -199,10 +202,12 @@ class Check:
             return f"nothing to check: {reason}"
         if tool is None:
             return "not run: compute-sanitizer is not here"
-        # Calls of the driver that fail may be PyTorch's, which asks what there is.
-        options = ["--report-api-errors", "no"] if check == "memcheck" else []
         program = [sys.executable, "bench/small_shapes.py", backend, dtype]
-        program += ["--float32-products"] if check == "racecheck" else []
+        if check == "memcheck":  # calls of the driver that fail may be PyTorch's, which asks what there is
+            options = ["--report-api-errors", "no"]
+        else:  # of all kernels it takes minutes, and in those of cuBLAS it reports what are no races
+            options = [word for name in kernels_of(backend) for word in ("--kernel-name", f"kernel_substring={name}")]
+            program += ["--float32-products"]
         # Without PyTorch's cache an access beyond a tensor is one beyond its allocation.
         watch = [tool, "--tool", check, "--error-exitcode", "9", *options, *program]
         code, text = self.run("sanitizer", watch, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
@@ -277,6 +282,13 @@ def kernels_of(backend: str) -> list[str]:
         return ["flashcl"]  # the namespace of csrc/
     sources = "".join(path.read_text() for path in sorted(ROOT.glob("triton_kernels/*.py")))
     return re.findall(r"^def (\w+_kernel)\(", sources, re.M)
+
+
+def interrupt(process: subprocess.Popen) -> None:
+    """As Ctrl-C: pytest then says why tests have failed."""
+    os.killpg(process.pid, signal.SIGINT)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(5)
 
 
 def kill(process: subprocess.Popen) -> None:

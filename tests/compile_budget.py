@@ -127,7 +127,7 @@ def sigmoid(p):
 
 
 def products(p):
-    backend.products_in_tiles(p.x, p.y)
+    backend.products_in_tiles(p.x, p.y, 0)
 
 
 def kernels(dtype, N, shapes=("", " triangular", " biased")):

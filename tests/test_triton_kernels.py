@@ -495,12 +495,13 @@ def test_deviations_of_the_positives_from_a_center(workspace):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_products_in_tiles(dtype, generator):
-    """Of rows with any stride: whole and ragged tiles, one and several."""
-    for N in (1, 31, 64, 150):
+    """Of rows with any stride: whole and ragged tiles, one and several, partners beyond the edge; of many rows a sample."""
+    for N, shift in ((1, 0), (31, 0), (64, 3), (150, 149), (1100, 0), (2100, 100)):
         x, y = (torch.randn(3 * N, 20, generator=generator).to(dtype)[::3] for _ in range(2))
-        exact = (x.double() * y.double()).sum(1)
-        got = backend.products_in_tiles(x, y)
-        assert got.dtype == torch.float64 and got.shape == (N,)
+        rows, got = backend.products_in_tiles(x, y, shift)
+        exact = (x.double() * y.roll(-shift, 0).double()).sum(1)[: N - shift][rows]
+        assert got.dtype == torch.float64 and got.shape == exact.shape
+        assert min(N - shift, 550) <= len(got) <= 1024
         assert_close(got, exact, 1e-6)
 
 

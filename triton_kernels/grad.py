@@ -29,6 +29,7 @@ class Side(NamedTuple):
     lse: Any  # (K, n) float32; None with sigmoid coefficients
     stride: int  # from one class to the next
     offset: Any  # (n,) float32, or None
+    precise: Any  # 1 if embeddings are float32; None if they have 16 bits, which hide the last bits of a quotient
 
 
 class Sums(NamedTuple):
@@ -182,7 +183,8 @@ def grad_kernel(
         w = tl.load(row.weight + n)
         e = exp(-tl.abs(s))
         tl.store(sums.softplus + row_at, w * tl.sum(tl.maximum(s, 0.0) + log1p(e), 1))
-        e = e / (1.0 + e)  # sigmoid(-|s|). A quotient may be off by two units in the last place: 1 - e hides that
+        # sigmoid(-|s|). A plain quotient may be off by two units in the last place, alike for all logits that are.
+        e = e / (1.0 + e) if row.precise is None else tl.div_rn(e, 1.0 + e)
         g = w[:, None] * tl.where(s >= 0, 1.0 - e, e)
     else:
         positive = POSITIVE(rows, cols) if POSITIVE is not None else None

@@ -112,8 +112,10 @@ def partner_products(x: Tensor, y: Tensor, shift: int) -> Tensor:
     return out
 
 
-def products_in_tiles(x: Tensor, y: Tensor) -> Tensor:
-    here, (x, y) = slice(0, len(x)), (tiled.aligned(v.detach(), 8) for v in (x, y))
+def products_in_tiles(x: Tensor, y: Tensor, shift: int) -> tuple[slice, Tensor]:
+    rows, *partners = tiled.compared(x.detach(), y.detach(), shift)
+    x, y = (tiled.aligned(v, 8) for v in partners)
+    here = slice(0, len(x))
     one = torch.ones(1, dtype=torch.float32, device=x.device)
     label = torch.arange(_whole(here), dtype=torch.int32, device=x.device)  # each row has one positive, whose logit is all
     sums = one.new_empty(2, 2, _tiles(here), _whole(here))
@@ -121,7 +123,7 @@ def products_in_tiles(x: Tensor, y: Tensor) -> Tensor:
     with _on(x.device) as stream:
         block = _C.Block(x, y, one, row_label=label, col_label=label)
         _C.sweep(block, row_sums=sums, row_deviation=products, stream=stream)
-    return products.sum(0, dtype=torch.float64)[: len(x)]
+    return rows, products.sum(0, dtype=torch.float64)[: len(x)]
 
 
 def finish(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor) -> None:

@@ -80,6 +80,19 @@ def aligned(x: Tensor, multiple: int) -> Tensor:
     return padded
 
 
+# ---- one positive a row --------------------------------------------------------------------------------------------------
+
+# Rows whose products are looked at in tiles: 64 tiles of 128 x 128, one for about half of the multiprocessors.
+_COMPARED = 1024
+
+
+def compared(x: Tensor, y: Tensor, shift: int) -> tuple[slice, Tensor, Tensor]:
+    """Rows of x that have a partner in y, shift to the right; their embeddings and those of the partners, (n, D) each."""
+    n = min(len(x), len(y) - shift)  # the other partners are on the left
+    rows = slice(0, n, max(-(-n // _COMPARED), 1))
+    return rows, x[rows], y[shift:][rows]
+
+
 # ---- sweep ---------------------------------------------------------------------------------------------------------------
 
 

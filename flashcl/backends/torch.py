@@ -317,12 +317,17 @@ def partner_products(x: Tensor, y: Tensor, shift: int) -> Tensor:
     return out
 
 
-def products_in_tiles(x: Tensor, y: Tensor) -> Tensor | None:
+def products_in_tiles(x: Tensor, y: Tensor, shift: int) -> tuple[slice, Tensor] | None:
     if not x.is_cuda or x.itemsize > 2:
         return None
-    products = torch.empty(len(x), len(x), dtype=torch.float32, device=x.device)
+    # Of the shape of a tile: a GEMM of another one may sum in another order.
+    bn, bm = _GPU_TILE
+    start = min(shift, max(len(y) - bm, 0))
+    x, y = x[:bn], y[start : start + bm]
+    products = torch.empty(len(x), len(y), dtype=torch.float32, device=x.device)
     mm(x, y.T, out=products)
-    return products.diagonal().double()
+    in_tiles = products.diagonal(shift - start).double()
+    return slice(0, len(in_tiles)), in_tiles
 
 
 def finish(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor) -> None:

@@ -132,7 +132,8 @@ def sweep_softplus(p: Problem, *, plan: Plan | None = None) -> Tensor:
 partner_products, finish = row_kernels.partner_products, row_kernels.finish
 
 
-def products_in_tiles(x: Tensor, y: Tensor) -> Tensor:
+def products_in_tiles(x: Tensor, y: Tensor, shift: int) -> tuple[slice, Tensor]:
+    rows, x, y = tiled.compared(x, y, shift)
     label = torch.arange(len(x), dtype=torch.int32, device=x.device)  # each row has one positive, whose logit is all
     one = torch.ones(1, dtype=torch.float32, device=x.device)
     p = _loadable(Problem(x, y, one, None, None, "by_label", (label,), (label,)))
@@ -141,7 +142,7 @@ def products_in_tiles(x: Tensor, y: Tensor) -> Tensor:
     along_rows = cdiv(block.M, tile.BM), tiled.whole(block.N, tile.BN)
     sums, products = one.new_empty(2, 2, *along_rows), one.new_empty(along_rows)
     sweep_kernels.sweep(x, y, block, Lines(sums, deviation=products), None, None, PARTNERS, False, tile)
-    return products.sum(0, dtype=torch.float64)[: len(x)]
+    return rows, products.sum(0, dtype=torch.float64)[: len(x)]
 
 
 # ---- grad ----------------------------------------------------------------------------------------------------------------
@@ -179,7 +180,7 @@ def grad(
         of_tiles.append(scaled)
         about = c.about if needs.scale and isinstance(c, Softmax) else None
         sums = _sums_of_tiles(total, block, tile, scaled, about)
-        grad_kernels.grad(x, y, block, _side(row, i), _side(col, j), padded, sums, program, diagonal, tile)
+        grad_kernels.grad(x, y, block, _side(row, i, x.dtype), _side(col, j, x.dtype), padded, sums, program, diagonal, tile)
 
         tiled.add_lines_(total.g_rows, i, sums.g_rows, first=j.start == 0)
         tiled.add_lines_(total.g_cols, j, sums.g_cols, first=i.start == 0)
@@ -209,12 +210,12 @@ def _grad_entry(p: Problem, c: Softmax | Sigmoid, need_scale: bool) -> str:
     return "grad2" if _many_vectors(p) or (need_scale and ragged) else "grad"
 
 
-def _side(side: tiled.Side | None, at: slice) -> Side | None:
+def _side(side: tiled.Side | None, at: slice, dtype: torch.dtype) -> Side | None:
     """The coefficients of the rows, or of the columns, from at.start on, as the kernel takes them."""
     if side is None:
         return None
     weight, lse, offset = side.at(at)
-    return Side(weight, lse, 0 if lse is None else weight.stride(0), offset)
+    return Side(weight, lse, 0 if lse is None else weight.stride(0), offset, 1 if dtype == torch.float32 else None)
 
 
 def _sums_of_tiles(total: Grads, block: Block, tile: config.Tile, scaled: Tensor | None, about: Tensor | None) -> Sums:

@@ -158,12 +158,10 @@ class _LogSumExp(torch.autograd.Function):
         d_row, d_pos = (_or_zeros(d, row) for d in (d_row, d_pos))
         about, beside = None, 0.0
         if ctx.needs_input_grad[2]:
-            about = _mean_product(problem, ctx.pairs.group)
+            about = _mean_product(problem, products, positives, ctx.pairs.group)
             beside = _beside_the_tiles(about.double(), (d_row, row), (d_col, col), d_pos, products)
         if ctx.pairs.labels is not None:
             c = _softmax_with_labels(d_row, d_pos, _or_zeros(d_gap, row), row, positives, about)
-            if about is not None:
-                beside = beside - torch.dot(_rounded(c, positives), products - about)
         else:
             row_weight, col_weight = (None if d is None else d.to(problem.stat_dtype)[None] for d in (d_row, d_col))
             c = Softmax(row_weight, row, col_weight, col, about=about)
@@ -219,17 +217,17 @@ def _softmax_with_labels(
     return Softmax(torch.stack([d_row, weight]).to(dtype), row, row_offset=offset.to(dtype), about=about)
 
 
-def _rounded(c: Softmax, labels: SameLabel) -> Tensor:
-    """What rounding the coefficients of each row leaves of the sum of its G over its positives, which is 0, (N,) float64.
+def _mean_product(p: Problem, products: Tensor | None, positives: Partner | SameLabel | None, group: str) -> Tensor:
+    """The mean of <x_i, y_j>, of all ranks, (1,) statistic dtype: over all pairs or, where tiles hold them, over the positives.
 
-    1/3 is rounded up in every row that has three: at convergence the gradient of the scale is no larger than what that makes.
+    At convergence G is left of positives alone. Those of a row cancel but for the last bits of exp, if it errs to one side:
+    these count by how far a product is from the mean.
     """
-    of_offset = (c.row_offset / labels.inverse).masked_fill(labels.inverse == 0, 0.0)
-    return c.row_weight[1] - of_offset
-
-
-def _mean_product(p: Problem, group: str) -> Tensor:
-    """The mean of <x_i, y_j> over all pairs, of all ranks, (1,) statistic dtype."""
+    if isinstance(positives, SameLabel):
+        some = positives.inverse != 0
+        sum_and_count = torch.stack([products.masked_fill(~some, 0.0).sum(), some.sum()])
+        total, count = ops.sum_over_ranks(sum_and_count, group)
+        return (total / count.clamp(min=1)).to(p.stat_dtype).reshape(1)
     lines = [p.x] if p.triangular else [p.x, p.y]
     sums = torch.stack([v.sum(0, dtype=p.stat_dtype) for v in lines])  # (1 or 2, D)
     counts = [v.shape[0] for v in lines]

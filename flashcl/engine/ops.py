@@ -128,20 +128,14 @@ def _partner_products(x: Tensor, y: Tensor, shift: int, backend: str) -> Tensor:
     return dispatch.load(backend).partner_products(x, y, shift % max(len(y), 1))
 
 
-# Rows whose products are compared: 64 tiles of 128 x 128, one for about half of the multiprocessors.
-_COMPARED = 1024
-
-
 @operator("cut_off", fake=lambda x, y, products, shift, backend: products.new_empty(1))
 def _cut_off(x: Tensor, y: Tensor, products: Tensor, shift: int, backend: str) -> Tensor:
-    shift %= max(len(y), 1)
-    n = min(len(x), len(y) - shift)  # the other partners are on the left
-    step = max(-(-n // _COMPARED), 1)
-    in_tiles = dispatch.load(backend).products_in_tiles(x[:n:step], y[shift : shift + n : step]) if n > 0 else None
-    if in_tiles is None:
+    found = dispatch.load(backend).products_in_tiles(x, y, shift % len(y)) if len(x) and len(y) else None
+    if found is None:
         return torch.ones(1, dtype=products.dtype, device=products.device)
+    rows, in_tiles = found
+    products = products[rows]
     # Of each product the same share, as far as products are sums of the same sign: the slope of a line through them.
-    products = products[:n:step]
     slope = torch.dot(in_tiles, products).div_(torch.dot(products, products))
     return slope.nan_to_num_(1.0, 1.0, 1.0).reshape(1)  # of nothing but zeros, or of what is not finite
 

@@ -207,8 +207,8 @@ class Backend(Protocol):
     def partner_products(self, x: Tensor, y: Tensor, shift: int) -> Tensor:
         """(N,) float64: <x_i, y_j> with j = (i + shift) mod M."""
 
-    def products_in_tiles(self, x: Tensor, y: Tensor) -> Tensor | None:
-        """(N,) float64: <x_i, y_i> as they are in tiles.
+    def products_in_tiles(self, x: Tensor, y: Tensor, shift: int) -> tuple[slice, Tensor] | None:
+        """Some rows i, n of them, and (n,) float64: <x_i, y_j> with j = i + shift < M, 0 <= shift < M, as they are in tiles.
 
         None where they are as often too large as too small: tensor cores cut off what a sum cannot hold, others round.
         """
