@@ -278,6 +278,15 @@ def test_gradients_of_the_scale_that_cancel():
     assert d_scale.abs() < 1e-9
 
 
+def test_the_scale_of_converged_classes(backend):
+    """G of the positives of a row adds up to 0 but for the last bits of exp. Where it is taken about 0, an exp that errs to one
+    side by 1e-8 is 1e-3 of the gradient."""
+    c = case("sup_con", "saturated", n=256, d=256).to(SINGLE)
+    truth = evaluate(flashcl.reference.sup_con, c.to(DOUBLE))["grad temperature"]
+    got = evaluate(through(c, backend), c)["grad temperature"]
+    assert abs(got.double() - truth) < 1e-4 * abs(truth)
+
+
 def test_siglip_of_one_pair(backend):
     """Its gradient is e^-40: 1 - e^(-loss) of a loss of e^-40 would be 0."""
     c = case("siglip", "t=1", n=1, d=1)

@@ -318,7 +318,7 @@ def check_samples(x, y, scale, u, v, row_lse, col_lse, dx, dy, generator, block=
 
     def gradient(mine, all_, my_weight, their_weight, my_lse, their_lse):
         """Of the sampled embeddings `mine`, in blocks of the others."""
-        total = torch.zeros(mine.shape, dtype=DOUBLE, device=mine.device)
+        total, per = torch.zeros(mine.shape, dtype=DOUBLE, device=mine.device), block // len(mine)
         for part, w, lse in zip(all_.split(per), their_weight.split(per), their_lse.split(per)):
             s = scale * mine.double() @ part.double().T
             g = my_weight[:, None] * (s - my_lse[:, None]).exp() + w * (s - lse).exp()
