@@ -151,6 +151,18 @@ def symmetric_g(s, low, high, positive, row, n, m, diagonal):
 
 
 @triton.jit
+def sigmoid_of(e, precise):
+    """e / (1 + e). A GPU's quotient may be off by two units in the last place, alike for logits that are: precise takes that off.
+
+    1 / (1 + e) is 1 less the quotient. (tl.div_rn takes so many registers that the tile spills.)
+    """
+    q = e / (1.0 + e)
+    if precise is not None:
+        q = tl.fma(tl.fma(-q, 1.0 + e, e), 1.0 - q, q)
+    return q
+
+
+@triton.jit
 def store_tile(p, stride, t, i, j):
     """p[i, j] = t"""
     tl.store(p + i.to(tl.int64)[:, None] * stride + j[None, :], t)
@@ -183,8 +195,7 @@ def grad_kernel(
         w = tl.load(row.weight + n)
         e = exp(-tl.abs(s))
         tl.store(sums.softplus + row_at, w * tl.sum(tl.maximum(s, 0.0) + log1p(e), 1))
-        # sigmoid(-|s|). A plain quotient may be off by two units in the last place, alike for all logits that are.
-        e = e / (1.0 + e) if row.precise is None else tl.div_rn(e, 1.0 + e)
+        e = sigmoid_of(e, row.precise)  # sigmoid(-|s|)
         g = w[:, None] * tl.where(s >= 0, 1.0 - e, e)
     else:
         positive = POSITIVE(rows, cols) if POSITIVE is not None else None

@@ -129,8 +129,9 @@ class Plan:
         grad = self.meeting() + self.program_vectors(False)
         grad += self.all_gather(self.lines * 3 * k * STATISTIC)  # weight, top and rest of each column
         if self.learnable_scale:
-            towers = 1 if self.symmetric else 2
-            grad += self.meeting() + self.all_reduce(towers * (self.dim + 1) * STATISTIC)  # for the mean product
+            # For the mean product: a sum of embeddings of each tower and their number, or one of products and theirs.
+            towers = (1 if self.symmetric else 2) * (self.dim + 1) * STATISTIC
+            grad += self.meeting() + self.all_reduce(2 * 8 if self.loss == "sup_con" else towers)
         labels = []
         if self.loss == "sup_con":
             sweep += self.all_reduce(total * 8)  # deviations
