@@ -184,7 +184,11 @@ def test_verified_generations_stand_on_a_file():
     results = Path(__file__).parents[1] / "bench" / "results"
     for backend, generations in dispatch.VERIFIED.items():
         for major, minor in generations:
-            assert json.loads((results / f"verified-{backend}-sm{major}{minor}.json").read_text())
+            record = json.loads((results / f"verified-{backend}-sm{major}{minor}.json").read_text())
+            assert record["environment"]["arch"] == f"sm{major}{minor}"
+            assert set(record["tests"].values()) <= {"PASSED", "SKIPPED"} and "PASSED" in record["tests"].values()
+            checks = [verdict for name, verdict in record["sanitizer"].items() if name.startswith(backend)]
+            assert checks and set(checks) == {"clean"}
 
 
 def test_every_backend_that_is_named_exists_and_says_what_it_can():
