@@ -54,7 +54,7 @@ def stand_in_for_a_gpu() -> None:
     triton.runtime.driver.set_active(Stub())
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     dispatch.unusable = lambda *_: None
-    dispatch.load("triton").addmm_ = lambda *_: None
+    dispatch.load("triton").addmm_ = lambda *_, **__: None
 
 
 def milliseconds(loss, inputs: list[Tensor], repeats: int) -> tuple[float, float]:

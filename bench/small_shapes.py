@@ -14,6 +14,7 @@ import torch
 
 import flashcl
 from flashcl import contract
+from flashcl.backends import gemm
 from flashcl.engine import dispatch
 
 # (N, D); M > N where a loss takes it. The last is the smallest that gives CTAs of the CUDA kernels several tiles, so that
@@ -24,8 +25,8 @@ SHAPES = [(1, 1), (67, 40), (131, 72), (1300, 264)]
 def float32_products(backend: str) -> contextlib.AbstractContextManager:
     """racecheck ends in an error of its own in cuBLAS kernels of 16 bits (bench/NOTES.md); those of float32 it can follow."""
 
-    def addmm_(acc, a, b):
-        acc.addmm_(a.float(), b.float())
+    def addmm_(acc, a, b, *, first=False):
+        gemm.addmm_(acc, a.float(), b.float(), first=first)
 
     return mock.patch.object(importlib.import_module(f"flashcl.backends.{backend}"), "addmm_", addmm_)
 

@@ -26,7 +26,7 @@ from flashcl.cli.arguments import at_least_one
 from flashcl.cli.bench.machine import Clock, Products, environment
 from flashcl.cli.bench.suites import Workload
 from flashcl.cli.info import default_device
-from flashcl.engine.problem import LogSumExp, Needs, Problem, Sigmoid, Softmax
+from flashcl.engine.problem import Needs, Problem, Sigmoid, Softmax
 from flashcl.triton_kernels.config import entry
 
 TOLERANCE = 1e-2  # relative L2 error against the tile of the table: other orders of summation, G in 16 bits
@@ -67,10 +67,10 @@ def _grad(p: Problem, c: Softmax | Sigmoid, plan: backend.Plan) -> list[Tensor]:
 
 
 def _softmax(p: Problem) -> Softmax:
-    lse, weight = backend.sweep(p, need_cols=False).row, torch.full((p.classes, len(p.x)), 1 / len(p.x), device=p.x.device)
+    top, weight = backend.sweep(p, need_cols=False).row.top, torch.full((p.classes, len(p.x)), 1 / len(p.x), device=p.x.device)
     if p.triangular:
-        return Softmax(weight, lse, row_offset=weight[0] / 8, about=torch.zeros(1, device=p.x.device))
-    return Softmax(weight, lse, weight, LogSumExp(lse.parts.clone()), about=torch.zeros(1, device=p.x.device))
+        return Softmax(weight, top, row_offset=weight[0] / 8, about=torch.zeros(1, device=p.x.device))
+    return Softmax(weight, top, weight, top.clone(), about=torch.zeros(1, device=p.x.device))
 
 
 def milliseconds(call: Callable[[], object], clock: Clock, repeats: int) -> float:
@@ -113,7 +113,7 @@ def measure(kernel: str, n: int, d: int, dtype: torch.dtype, tiles: list[str], r
         out = dict(kernel=kernel, n=n, d=d, tile=name)
         try:
             error = max(((a - b).norm() / b.norm()).item() for a, b in zip(call(plan), right))
-            with mock.patch.object(backend, "addmm_", lambda *_: None):
+            with mock.patch.object(backend, "addmm_", lambda *_, **__: None):
                 out |= dict(resources=compiled(lambda: call(plan)), error=error)
                 if error < TOLERANCE:
                     out["ms"] = milliseconds(lambda: call(plan), clock, repeats)

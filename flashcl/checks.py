@@ -43,7 +43,7 @@ def same_rows(first_name: str, first: Tensor, name: str, x: Tensor, why: str) ->
         raise ValueError(f"{name} must have the {len(first)} rows of {first_name}, got {len(x)}: {why}")
 
 
-def scalar(name: str, value: float | Tensor, x: Tensor, *, positive: bool = False) -> Tensor:
+def scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
     """A number or a one-element real tensor, as a tensor on the device of x that passes gradients on."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -51,13 +51,20 @@ def scalar(name: str, value: float | Tensor, x: Tensor, *, positive: bool = Fals
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
         return value.reshape(()).to(x.device)
+    return _constant(_number(name, value), x)
+
+
+def _number(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a float or a one-element tensor, got {type(value).__name__}")
-    if positive and not value > 0:
-        raise ValueError(f"{name} must be positive, got {value}")
+    return float(value)
+
+
+def _constant(value: float, x: Tensor) -> Tensor:
+    like = dict(dtype=statistic_dtype(x), device=x.device)
     if torch.compiler.is_compiling():  # `full` would make the number a constant of the graph, and the next one another graph
-        return torch.zeros((), dtype=torch.float64, device=x.device) + float(value)
-    return torch.full((), float(value), dtype=torch.float64, device=x.device)
+        return torch.zeros((), **like) + value
+    return torch.full((), value, **like)
 
 
 def logit_scale(x: Tensor, *, temperature: float | Tensor | None, logit_scale: float | Tensor | None) -> Tensor:
@@ -71,12 +78,22 @@ def logit_scale(x: Tensor, *, temperature: float | Tensor | None, logit_scale: f
 
 
 def inverse_temperature(temperature: float | Tensor, x: Tensor) -> Tensor:
-    return wide(scalar("temperature", temperature, x, positive=True), x).reciprocal()
+    if isinstance(temperature, Tensor):
+        return wide(scalar("temperature", temperature, x), x).reciprocal()
+    number = _number("temperature", temperature)
+    if not number > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    return _constant(1 / number, x)
 
 
 def wide(value: Tensor, x: Tensor) -> Tensor:
-    """In the dtype of the statistics of x: float64 for float64 embeddings, else float32."""
-    return value.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    """In the dtype of the statistics of x."""
+    return value.to(statistic_dtype(x))
+
+
+def statistic_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64 embeddings, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def vector(name: str, value: Tensor | None, rows: int, x: Tensor) -> None:

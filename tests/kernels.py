@@ -37,8 +37,8 @@ def everything(backend, p):
     """Statistics and gradients, as named tensors."""
     s = backend.sweep(p, need_cols=True, keep=False)
     col = s.row if p.triangular else s.col
-    ones = [torch.full_like(v.top, 0.5) for v in (s.row, col)]
-    c = Softmax(ones[0], s.row) if p.triangular else Softmax(ones[0], s.row, ones[1], s.col)
+    halves = [torch.full_like(v.top, 0.5) for v in (s.row, col)]
+    c = Softmax(halves[0], s.row.top, *(() if p.triangular else (halves[1], col.top)))
     out = dict(row=s.row.value(), col=col.value())
     coefficients = [c] if p.classes == 2 or p.triangular else [c, Sigmoid(torch.ones(len(p.x), device=p.x.device))]
     for c in coefficients:

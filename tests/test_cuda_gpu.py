@@ -119,7 +119,7 @@ def test_unwritten_memory_is_not_read(backend, workspace):
     blocks = [torch.full((2**24,), math.nan, device=DEVICE) for _ in range(8)]
     del blocks
     s = backend.sweep(p, need_cols=True, workspace=workspace)
-    c = Softmax(torch.ones_like(s.row.top), s.row, torch.ones_like(s.col.top), s.col)
+    c = Softmax(torch.ones_like(s.row.top), s.row.top, torch.ones_like(s.col.top), s.col.top)
     g = backend.grad(p, c, Needs(x=True, y=True, row_bias=True, col_bias=True, scale=True), workspace=workspace)
     assert all(v.isfinite().all() for v in (s.row.value(), s.col.value(), *vars(g).values()) if v is not None)
 

@@ -23,7 +23,7 @@ import flashcl
 from flashcl.backends import cuda as backend, tiled, torch as reference
 from flashcl.contract import LOSSES, case, check, evaluate, violations
 from flashcl.engine import ops
-from flashcl.engine.problem import CLASSES, LogSumExp, Needs, Problem, Sigmoid, Softmax
+from flashcl.engine.problem import CLASSES, Needs, Problem, Sigmoid, Softmax
 
 TILE = _C.TILE
 DTYPES = [torch.bfloat16, torch.float16]
@@ -35,7 +35,13 @@ SHAPES = [
     (300, 260, 72),
 ]  # (N, M, D): 1 to 3 tiles, ragged or not
 
-pytestmark = pytest.mark.usefixtures("poison")
+pytestmark = pytest.mark.usefixtures("poison", "low_strips")
+
+
+@pytest.fixture
+def low_strips(monkeypatch):
+    """Small problems in several strips, as large ones are."""
+    monkeypatch.setattr(backend, "_LOWEST_STRIP", TILE)
 
 
 @pytest.fixture(params=["emulated", "ptx"], scope="module", autouse=True)
@@ -90,18 +96,9 @@ def wide_coefficients(c):
     """Softmax or Sigmoid coefficients in float64."""
 
     def wide(v):
-        if isinstance(v, LogSumExp):
-            return LogSumExp(v.parts.double())
         return None if v is None else v.double()
 
     return type(c)(**{f.name: wide(getattr(c, f.name)) for f in dataclasses.fields(c)})
-
-
-def narrow(lse):
-    """A float64 log-sum-exp as top + rest in float32."""
-    top = lse.top.float()
-    rest = torch.where(top.isinf(), lse.rest, lse.rest + (lse.top - top.double()))
-    return LogSumExp(torch.stack([top, rest.float()], 1))
 
 
 def softmax(p, *, cols=True, seed=1, weight=1.0):
@@ -117,9 +114,9 @@ def softmax(p, *, cols=True, seed=1, weight=1.0):
     row_weight, col_weight = random(K, N), random(K, M)
     row_offset, col_offset = (0.1 * random(N), 0.1 * random(M)) if K == 2 else (None, None)
     if p.triangular or not cols:
-        return Softmax(row_weight, narrow(statistics.row), row_offset=row_offset, about=torch.tensor([0.3]))
-    rows, columns = narrow(statistics.row), narrow(statistics.col)
-    return Softmax(row_weight, rows, col_weight, columns, row_offset, col_offset, torch.tensor([0.3]))
+        return Softmax(row_weight, statistics.row.top.float(), row_offset=row_offset, about=torch.tensor([0.3]))
+    row_top, col_top = (lse.top.float() for lse in (statistics.row, statistics.col))
+    return Softmax(row_weight, row_top, col_weight, col_top, row_offset, col_offset, torch.tensor([0.3]))
 
 
 def assert_close(out, ref, tolerance, what="", relative=True):
@@ -259,7 +256,7 @@ def terms(p, c):
     s = q.x @ q.y.T * q.logit_scale + (0 if q.row_bias is None else q.row_bias[:, None] + q.col_bias)
     g = torch.zeros_like(s)
     for k in range(p.classes):
-        row, col = c.row_lse.value()[k, :, None], c.col_lse.value()[k]
+        row, col = c.row_top.double()[k, :, None], c.col_top.double()[k]
         g += c.row_weight[k, :, None].abs() * (s - row).exp().clamp(max=1) + c.col_weight[k].abs() * (
             s - col
         ).exp().clamp(max=1)
@@ -303,7 +300,7 @@ def test_no_rows_or_no_columns():
         got = backend.sweep(p, need_cols=True)
         row, col = got.row.value(), got.col.value()
         assert row.shape == (1, N) and col.shape == (1, M) and (row == -torch.inf).all() and (col == -torch.inf).all()
-        c = Softmax(torch.ones(1, N), got.row, torch.ones(1, M), got.col)
+        c = Softmax(torch.ones(1, N), got.row.top, torch.ones(1, M), got.col.top)
         got = backend.grad(p, c, Needs(x=True, y=True, row_bias=True, col_bias=True, scale=True))
         assert got.dx.shape == (N, 8) and got.dy.shape == (M, 8) and not got.dx.any() and not got.dy.any()
 
@@ -450,9 +447,9 @@ def test_probabilities_of_large_logits_sum_to_one(program):
     y = unit * torch.linspace(-0.5, 1, 150)[:, None]
     p = dataclasses.replace(p, x=unit.bfloat16().repeat(140, 1), y=y.bfloat16(), logit_scale=torch.tensor([100.0]))
     s = backend.sweep(p, need_cols=True)
-    rows, cols = torch.ones_like(s.row.top), torch.ones_like(s.col.top)
-    one_way = backend.grad(p, Softmax(rows, s.row), Needs(row_bias=True))
-    both = backend.grad(p, Softmax(0 * rows, s.row, cols, s.col), Needs(col_bias=True))
+    rows, cols = (lse.of_top(torch.ones_like(lse.top)) for lse in (s.row, s.col))
+    one_way = backend.grad(p, Softmax(rows, s.row.top), Needs(row_bias=True))
+    both = backend.grad(p, Softmax(0 * rows, s.row.top, cols, s.col.top), Needs(col_bias=True))
     for sums, lse in ((one_way.g_rows, s.row), (both.g_cols, s.col)):
         expected = (lse.top > -torch.inf).sum(0)  # one for each class of which a line has pairs
         assert (sums - expected).abs().max() < 2e-6 * p.classes
@@ -706,10 +703,12 @@ def test_rows_are_checked():
             _C.finish(**dict(acc=acc, other=y, weight=torch.ones(4), shift=0, scale=one, out=x) | wrong)
 
 
+@pytest.mark.parametrize("lowest", [TILE, 2048], ids=["low strips", "one strip"])
 @pytest.mark.parametrize("workspace", [2**29, TILE * TILE * 2], ids=["one block", "blocks"])
 @pytest.mark.parametrize("program", CLASSES)
-def test_triangular(program, workspace):
+def test_triangular(program, workspace, lowest, monkeypatch):
     """Half of S is computed, all of it counts: 1 to 5 tiles along the diagonal, odd and even, ragged and not."""
+    monkeypatch.setattr(backend, "_LOWEST_STRIP", lowest)
     for N in (1, 127, 128, 200, 300, 512, 600):
         p = problem(N, N, 8, program=program, triangular=True)
         check_sweep(p, workspace=workspace)

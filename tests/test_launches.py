@@ -32,8 +32,8 @@ LOSSES = {
 
 # Forward and backward, bfloat16, a learnable scale (and bias), sizes of whole tiles. Lower one when it can be lower.
 ALLOWED = {
-    "triton": {"info_nce": 56, "siglip": 48, "nt_xent": 33, "sup_con": 99},
-    "cuda": {"info_nce": 60, "siglip": 50, "nt_xent": 46, "sup_con": 106},
+    "triton": {"info_nce": 44, "siglip": 44, "nt_xent": 28, "sup_con": 95},
+    "cuda": {"info_nce": 46, "siglip": 45, "nt_xent": 30, "sup_con": 97},
 }
 
 # What changes only how a tensor is looked at, or takes memory without writing it.
@@ -91,10 +91,10 @@ def launches(monkeypatch):
         with _disable_current_modes():
             return run(self, *args, **options)
 
-    def product(*args):
+    def product(*args, **options):
         mode.counts["addmm_"] += 1
         with _disable_current_modes():  # one launch on a GPU; only a CPU widens the operands first
-            gemm.addmm_(*args)
+            gemm.addmm_(*args, **options)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", counted)
     for backend in (cuda, triton):

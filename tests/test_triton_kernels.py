@@ -16,7 +16,7 @@ from interpreter import reversed_programs
 
 from flashcl.backends import tiled
 from flashcl.backends import triton as backend
-from flashcl.engine.problem import CLASSES, LogSumExp, Needs, Problem, Sigmoid, Softmax
+from flashcl.engine.problem import CLASSES, Needs, Problem, Sigmoid, Softmax
 from flashcl.triton_kernels import grad as grad_module
 from flashcl.triton_kernels import sweep as sweep_module
 from flashcl.triton_kernels.config import Tile
@@ -92,25 +92,19 @@ def dense_sweep(p):
     return torch.stack([s.logsumexp(1) for s in classes]), torch.stack([s.logsumexp(0) for s in classes])
 
 
-def split(lse):
-    """A log-sum-exp (float64) as a rounded one and what the rounding has lost."""
-    top = lse.float()
-    return LogSumExp(torch.stack([top, torch.where(lse.isinf(), 0.0, lse - top).float()], 1))
-
-
 def dense_g(p, c):
     s, positive = dense_logits(p)
     if isinstance(c, Sigmoid):
         return c.row_weight.double()[:, None] * s.sigmoid()
-    row = c.row_weight, c.row_lse, c.row_offset
-    col = row if p.triangular else (c.col_weight, c.col_lse, c.col_offset)
+    row = c.row_weight, c.row_top, c.row_offset
+    col = row if p.triangular else (c.col_weight, c.col_top, c.col_offset)
     g = torch.zeros_like(s)
     for k, member in enumerate([~positive, positive][: p.classes]):
-        for (weight, lse, offset), axis in ((row, 1), (col, 0)):
+        for (weight, top, offset), axis in ((row, 1), (col, 0)):
             if weight is None:
                 continue
-            weight, lse = weight[k].double().unsqueeze(axis), lse.value()[k].unsqueeze(axis)
-            term = torch.where(lse == -torch.inf, 0.0, weight * (s - lse).exp())
+            weight, top = weight[k].double().unsqueeze(axis), top[k].double().unsqueeze(axis)
+            term = torch.where(top == -torch.inf, 0.0, weight * (s - top).exp())
             if k == 1 and offset is not None:
                 term = term - offset.double().unsqueeze(axis)
             g += torch.where(member, term, 0.0)
@@ -120,7 +114,7 @@ def dense_g(p, c):
 def softmax(p, *, cols=True, seed=1, weight=1.0):
     """Coefficients with random weights, some of them 0, and the true log-sum-exps."""
     g = torch.Generator().manual_seed(seed)
-    row_lse, col_lse = (split(lse) for lse in dense_sweep(p))
+    row_top, col_top = (lse.float() for lse in dense_sweep(p))
 
     def random(*shape):
         w = torch.randn(shape, generator=g) * weight
@@ -130,8 +124,8 @@ def softmax(p, *, cols=True, seed=1, weight=1.0):
     row_weight, col_weight = random(K, N), random(K, M)
     row_offset, col_offset = (0.1 * random(N), 0.1 * random(M)) if K == 2 else (None, None)
     if p.triangular or not cols:
-        return Softmax(row_weight, row_lse, row_offset=row_offset)
-    return Softmax(row_weight, row_lse, col_weight, col_lse, row_offset, col_offset)
+        return Softmax(row_weight, row_top, row_offset=row_offset)
+    return Softmax(row_weight, row_top, col_weight, col_top, row_offset, col_offset)
 
 
 # ---- comparisons ---------------------------------------------------------------------------------------------------------
@@ -256,7 +250,7 @@ def test_no_rows_or_no_columns():
         got = backend.sweep(p, need_cols=True)
         row, col = got.row.value(), got.col.value()
         assert row.shape == (1, N) and col.shape == (1, M) and (row == -torch.inf).all() and (col == -torch.inf).all()
-        c = Softmax(torch.ones(1, N), got.row, torch.ones(1, M), got.col)
+        c = Softmax(torch.ones(1, N), got.row.top, torch.ones(1, M), got.col.top)
         got = backend.grad(p, c, Needs(x=True, y=True, row_bias=True, col_bias=True, scale=True))
         assert got.dx.shape == (N, 8) and got.dy.shape == (M, 8) and not got.dx.any() and not got.dy.any()
 
@@ -393,7 +387,7 @@ def test_nan_weight_stays_in_its_row():
     p = problem(40, 50, 16, torch.float16)
     c = softmax(p)
     c.row_weight[0, 3] = torch.nan
-    c = dataclasses.replace(c, col_weight=None, col_lse=None)
+    c = dataclasses.replace(c, col_weight=None, col_top=None)
     got = backend.grad(p, c, Needs(x=True), plan=plan())
     assert got.dx[3].isnan().all() and got.dx.isnan().any(1).sum() == 1
 

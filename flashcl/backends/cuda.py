@@ -26,8 +26,10 @@ except ImportError as error:
     _C, _MISSING = None, str(error)
 
 # Of a block on the diagonal of S = S^T, the backward computes both halves, strip by strip: this many strips leave out most of
-# what is below the diagonal (3 / 8 of the block) while a strip is high enough for its GEMMs.
+# what is below the diagonal (3 / 8 of the block) while a strip is high enough for its GEMMs. In a lower one than this the four
+# launches of a strip take the host longer than what it leaves out would take the GPU.
 _STRIPS = 4
+_LOWEST_STRIP = 2048
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -148,7 +150,7 @@ def grad(
     kept: Tensor | None = None,
     workspace: int = tiled.WORKSPACE,
 ) -> Grads:
-    total, D = Grads.zeros(p, c, needs._replace(scale=False)), p.x.shape[1]
+    total, D = Grads.empty(p, c, needs._replace(scale=False)), p.x.shape[1]
     dx, dy = total.dx, total.dy
     a = _Arguments.of(p)
     c, lift = tiled.lifted(c, p.x.dtype)
@@ -179,11 +181,11 @@ def grad(
             if g is not None:
                 g, x, y = g[: i.stop - i.start, : j.stop - j.start], a.x[i, :D], a.y[j, :D]
                 if dx is not None:
-                    addmm_(dx[i], g, y)
+                    addmm_(dx[i], g, y, first=j.start == 0)
                 if dy is not None:
-                    addmm_(dy[j], g.T, x)
+                    addmm_(dy[j], g.T, x, first=i.start == 0)
                 if p.triangular and own < len(y):
-                    addmm_(dx[j.start + own : j.stop], g[:, own:].T, x)
+                    addmm_(dx[j.start + own : j.stop], g[:, own:].T, x, first=i.start == 0)
     if scaled is not None:
         total = dataclasses.replace(total, d_scale=scaled.sum(dtype=torch.float64))
     tiled.unlift_(total, lift)
@@ -273,7 +275,10 @@ def _ids(vectors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     if not vectors:
         return ()
     id, *label = map(_pad, vectors)
-    return id, torch.stack(id.unflatten(0, (-1, _C.TILE)).aminmax(dim=1), 1), *label
+    tiles = id.unflatten(0, (-1, _C.TILE))
+    range = id.new_empty(len(tiles), 2)
+    torch.aminmax(tiles, dim=1, out=(range[:, 0], range[:, 1]))
+    return id, range, *label
 
 
 def _pad(v: Tensor) -> Tensor:
@@ -285,9 +290,11 @@ def _on(device: torch.device) -> Iterator[int]:
     """The current stream of the device, which is made current: tensors of another one are not exported, nor kernels launched."""
     if device.type != "cuda":
         yield 0
-        return
-    with torch.cuda.device(device):
+    elif device.index == torch.cuda.current_device():  # as nearly always: looking is cheaper than changing it
         yield torch.cuda.current_stream().cuda_stream
+    else:
+        with torch.cuda.device(device):
+            yield torch.cuda.current_stream().cuda_stream
 
 
 # ---- blocks --------------------------------------------------------------------------------------------------------------
@@ -305,7 +312,7 @@ def _strips(p: Problem, cells: float) -> Iterator[tuple[slice, slice]]:
     """Blocks, with strips in place of the blocks on the diagonal of S = S^T: each goes from its diagonal to the right."""
     for i, j in tiled.blocks(p, cells, _C.TILE):
         if p.triangular and i == j:
-            for strip in tiled.pieces(i, -(-(i.stop - i.start) // _STRIPS), _C.TILE):
+            for strip in tiled.pieces(i, max(-(-(i.stop - i.start) // _STRIPS), _LOWEST_STRIP), _C.TILE):
                 yield strip, slice(strip.start, i.stop)
         else:
             yield i, j
@@ -347,9 +354,9 @@ def self_check(device: torch.device) -> list[tuple[str, float, float]]:
 
     got = sweep(p, need_cols=True)
     lse = [torch.stack([m.logsumexp(axis) for m in members]) for axis in (1, 0)]
-    weights = [torch.full_like(v, 0.5, dtype=torch.float32) for v in lse]
+    half = [v.of_top(torch.full_like(v.top, 0.5)) for v in (got.row, got.col)]
     everything = Needs(x=True, y=True, scale=True)
-    grads = grad(p, Softmax(weights[0], got.row, weights[1], got.col), everything)
+    grads = grad(p, Softmax(half[0], got.row.top, half[1], got.col.top), everything)
     g = sum(0.5 * (m - lse[0][k, :, None]).exp() + 0.5 * (m - lse[1][k]).exp() for k, m in enumerate(members))
     out = [("row_lse", off(got.row.value(), lse[0]), 1e-6), ("col_lse", off(got.col.value(), lse[1]), 1e-6)]
     out += [("dx", off(grads.dx, g @ y.double()), 8e-3), ("dy", off(grads.dy, g.T @ x.double()), 8e-3)]

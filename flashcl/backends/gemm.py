@@ -17,9 +17,14 @@ def mm(a: Tensor, b: Tensor, *, out: Tensor) -> None:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
-def addmm_(acc: Tensor, a: Tensor, b: Tensor) -> None:
-    """acc (R, C) += a (R, K) @ b (K, C), accumulated in the dtype of acc whatever that of a and b."""
-    if a.dtype == acc.dtype:
+def addmm_(acc: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
+    """acc (R, C) += a (R, K) @ b (K, C), accumulated in the dtype of acc whatever that of a and b.
+
+    first: what is in acc does not count.
+    """
+    if first:
+        mm(a, b, out=acc)
+    elif a.dtype == acc.dtype:
         acc.addmm_(a, b)
     elif acc.is_cuda and _WIDE_OUTPUT:
         torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)

@@ -157,23 +157,14 @@ def sides(p: Problem, c: Softmax | Sigmoid, tile: int) -> tuple[Side, Side | Non
     """Of all rows and of all columns; a triangular problem has one for both."""
     if isinstance(c, Sigmoid):
         return Side(pad(c.row_weight, tile, 0.0)), None
-    row = _side(c.row_weight, c.row_lse, c.row_offset, tile)
+    row = _side(c.row_weight, c.row_top, c.row_offset, tile)
     if p.triangular:
         return row, row
-    return row, None if c.col_weight is None else _side(c.col_weight, c.col_lse, c.col_offset, tile)
+    return row, None if c.col_weight is None else _side(c.col_weight, c.col_top, c.col_offset, tile)
 
 
-def _side(weight: Tensor, lse: LogSumExp, offset: Tensor | None, tile: int) -> Side:
-    weight, top = pad(_folded(weight, lse), tile, 0.0), pad(lse.top, tile, torch.inf)
-    return Side(weight, top, None if offset is None else pad(offset, tile, 0.0))
-
-
-def _folded(weight: Tensor, lse: LogSumExp) -> Tensor:
-    """weight exp(-rest), (K, N), so that exp(s - top) is all that is left to a kernel.
-
-    exp(-rest) is 1 - rest to the rounding of s itself: rest is at most half a unit in the last place of top.
-    """
-    return torch.addcmul(weight, weight, lse.rest, value=-1)
+def _side(weight: Tensor, top: Tensor, offset: Tensor | None, tile: int) -> Side:
+    return Side(pad(weight, tile, 0.0), pad(top, tile, torch.inf), None if offset is None else pad(offset, tile, 0.0))
 
 
 Coefficients = TypeVar("Coefficients", Softmax, Sigmoid)
@@ -204,7 +195,7 @@ def unlift_(total: Grads, lift: Tensor | None) -> None:
 
 
 def add_lines_(total: Tensor | None, at: slice, sums: Tensor | None, *, first: bool) -> None:
-    """total[at] += what all tiles left of these lines, (tiles, n rounded up); what is there before the first time is 0."""
+    """total[at] += what all tiles left of these lines, (tiles, n rounded up); first: nothing is there yet."""
     if total is None:
         return
     sums = sums[:, : at.stop - at.start]

@@ -367,8 +367,8 @@ def grad(
     about = None
     if isinstance(c, Softmax):
         about = c.about
-        rows = _Side.of(c.row_weight, c.row_lse, c.row_offset)
-        cols = rows if p.triangular else _Side.of(c.col_weight, c.col_lse, c.col_offset)
+        rows = _Side.of(c.row_weight, c.row_top, c.row_offset)
+        cols = rows if p.triangular else _Side.of(c.col_weight, c.col_top, c.col_offset)
 
     for i, x in tiles.rows():
         for j, y, s, classes, product, free in tiles.along(i, x):
@@ -405,26 +405,26 @@ def grad(
 
 
 class _Side(NamedTuple):
-    """The coefficients of the rows, or of the columns, of a block: weight exp(s - lse), less offset."""
+    """The coefficients of the rows, or of the columns, of a block: weight exp(s - top), less offset."""
 
     weight: Tensor  # (K, B)
-    lse: Tensor  # (K, B)
+    top: Tensor  # (K, B)
     offset: Tensor | None  # (B,)
 
     @staticmethod
-    def of(weight: Tensor | None, lse: LogSumExp | None, offset: Tensor | None) -> _Side | None:
+    def of(weight: Tensor | None, top: Tensor | None, offset: Tensor | None) -> _Side | None:
         if weight is None:
             return None
         # exp(s - inf) = 0: a row without pairs has no gradient, where exp(-inf - -inf) would be NaN.
-        return _Side(weight * torch.exp(-lse.rest), lse.top.masked_fill(lse.top == -torch.inf, torch.inf), offset)
+        return _Side(weight, top.masked_fill(top == -torch.inf, torch.inf), offset)
 
     def at(self, lines: slice | Tensor) -> _Side:
         return _Side(*(None if v is None else v[..., lines] for v in self))
 
     def range(self, k: int) -> tuple[float, float]:
         """The smallest and the largest log-sum-exp of class k. Only a CPU may look."""
-        lse = self.lse[k]
-        return lse.min().item(), lse.masked_fill(lse == torch.inf, -torch.inf).max().item()
+        top = self.top[k]
+        return top.min().item(), top.masked_fill(top == torch.inf, -torch.inf).max().item()
 
 
 def _softmax_tile(s: Tensor, positive: _Pairs | None, free: Tensor, row: _Side, col: _Side | None) -> Tensor:
@@ -445,26 +445,26 @@ def _softmax_tile(s: Tensor, positive: _Pairs | None, free: Tensor, row: _Side, 
 
 
 def _of_pairs(s: Tensor, side: _Side) -> Tensor:
-    """weight exp(s - lse) - offset of positives s (P,), (P,)"""
-    g = torch.sub(s, side.lse[1]).exp_().mul_(side.weight[1])
+    """weight exp(s - top) - offset of positives s (P,), (P,)"""
+    g = torch.sub(s, side.top[1]).exp_().mul_(side.weight[1])
     return g if side.offset is None else g.sub_(side.offset)
 
 
 def _weighted_exp(s: Tensor, free: Tensor, row: _Side, col: _Side | None, k: int) -> Tensor:
-    """row.weight_i exp(s_ij - row.lse_i) + col.weight_j exp(s_ij - col.lse_j) of class k, (BN, BM), in place of s."""
-    lse, weight = row.lse[k], row.weight[k]  # (BN,)
+    """row.weight_i exp(s_ij - row.top_i) + col.weight_j exp(s_ij - col.top_j) of class k, (BN, BM), in place of s."""
+    top, weight = row.top[k], row.weight[k]  # (BN,)
     if col is None:
-        return s.sub_(lse[:, None]).exp_().mul_(weight[:, None])
-    col_lse, col_weight = col.lse[k], col.weight[k]  # (BM,)
+        return s.sub_(top[:, None]).exp_().mul_(weight[:, None])
+    col_top, col_weight = col.top[k], col.weight[k]  # (BM,)
     if s.device.type == "cpu" and (low := _common_shift(row.range(k), col.range(k))) is not None:
-        a = weight * torch.exp(low - lse.double()).to(s.dtype)
-        b = col_weight * torch.exp(low - col_lse.double()).to(s.dtype)
+        a = weight * torch.exp(low - top.double()).to(s.dtype)
+        b = col_weight * torch.exp(low - col_top.double()).to(s.dtype)
         return s.sub_(low).exp_().mul_(torch.add(a[:, None], b, out=free))
-    torch.sub(s, lse[:, None], out=free).exp_().mul_(weight[:, None])
-    return s.sub_(col_lse).exp_().mul_(col_weight).add_(free)
+    torch.sub(s, top[:, None], out=free).exp_().mul_(weight[:, None])
+    return s.sub_(col_top).exp_().mul_(col_weight).add_(free)
 
 
 def _common_shift(row: tuple[float, float], col: tuple[float, float]) -> float | None:
-    """The smallest lse of a tile if all lie within _SPREAD of it: every logit of weight is as near."""
+    """The smallest top of a tile if all lie within _SPREAD of it: every logit of weight is as near."""
     low, high = min(row[0], col[0]), max(row[1], col[1])
     return low if math.isfinite(low) and high - low < _SPREAD else None

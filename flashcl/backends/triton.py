@@ -159,7 +159,7 @@ def grad(
     plan = plan or Plan.of(p, _grad_entry(p, c, needs.scale))
     c, lift = tiled.lifted(c, p.x.dtype)
     row, col = tiled.sides(p, c, config.LARGEST)
-    total, D = Grads.zeros(p, c, needs._replace(scale=False)), p.x.shape[1]
+    total, D = Grads.empty(p, c, needs._replace(scale=False)), p.x.shape[1]
     dx, dy = total.dx, total.dy
     need_g = dx is not None or dy is not None
 
@@ -188,11 +188,11 @@ def grad(
         if need_g:
             g = padded[: block.N, : block.M]
             if dx is not None:
-                addmm_(dx[i], g, y[:, :D])
+                addmm_(dx[i], g, y[:, :D], first=j.start == 0)
             if dy is not None:
-                addmm_(dy[j], g.T, x[:, :D])
+                addmm_(dy[j], g.T, x[:, :D], first=i.start == 0)
             if p.triangular and not diagonal:
-                addmm_(dx[j], g.T, x[:, :D])
+                addmm_(dx[j], g.T, x[:, :D], first=i.start == 0)
 
     if needs.scale:
         scaled = of_tiles[0] if len(of_tiles) == 1 else torch.cat([p.logit_scale[:0], *of_tiles])

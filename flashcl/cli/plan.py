@@ -127,11 +127,9 @@ class Plan:
         sweep = self.meeting() + self.program_vectors(True) + mean
         sweep += self.all_reduce(k * total * (STATISTIC + 8))  # the largest logit; the sum, in float64
         grad = self.meeting() + self.program_vectors(False)
-        grad += self.all_gather(self.lines * 3 * k * STATISTIC)  # weight, top and rest of each column
+        grad += self.all_gather(self.lines * 2 * k * STATISTIC)  # weight and top of each column
         if self.learnable_scale:
-            # For the mean product: a sum of embeddings of each tower and their number, or one of products and theirs.
-            towers = (1 if self.symmetric else 2) * (self.dim + 1) * STATISTIC
-            grad += self.meeting() + self.all_reduce(2 * 8 if self.loss == "sup_con" else towers)
+            grad += self.meeting() + self.all_reduce(2 * 8)  # the sum of the products of the positives, and how many there are
         labels = []
         if self.loss == "sup_con":
             sweep += self.all_reduce(total * 8)  # deviations

@@ -159,12 +159,12 @@ class _LogSumExp(torch.autograd.Function):
         about, beside = None, 0.0
         if ctx.needs_input_grad[2]:
             about = _mean_product(problem, products, positives, ctx.pairs.group)
-            beside = _beside_the_tiles(about.double(), (d_row, row), (d_col, col), d_pos, products)
+            beside = _beside_the_tiles(about, (d_row, row), (d_col, col), d_pos, products)
         if ctx.pairs.labels is not None:
             c = _softmax_with_labels(d_row, d_pos, _or_zeros(d_gap, row), row, positives, about)
         else:
-            row_weight, col_weight = (None if d is None else d.to(problem.stat_dtype)[None] for d in (d_row, d_col))
-            c = Softmax(row_weight, row, col_weight, col, about=about)
+            of_cols = () if col is None else (col.of_top(d_col[None]), col.top)
+            c = Softmax(row.of_top(d_row[None]), row.top, *of_cols, about=about)
         needs = _needs(*ctx.needs_input_grad[:5])
         where = dict(backend=ctx.backend, group=ctx.pairs.group)
         g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=x.dtype, beside=beside, kept=kept, **where)
@@ -198,7 +198,7 @@ def _beside_the_tiles(about: Tensor, row: tuple, col: tuple, d_pos: Tensor, prod
     for d, lse in (row, col):
         if d is not None:  # each exp(s - lse) sums to 1, or there is none
             total = total + d.masked_fill(lse.top[0] == -torch.inf, 0.0).sum()
-    return about * total
+    return about.double() * total
 
 
 def _softmax_with_labels(
@@ -213,21 +213,26 @@ def _softmax_with_labels(
     """
     weight = d_pos + d_gap
     offset = weight * labels.inverse
-    dtype = row.parts.dtype
-    return Softmax(torch.stack([d_row, weight]).to(dtype), row, row_offset=offset.to(dtype), about=about)
+    weights = row.of_top(torch.stack([d_row, weight]))
+    return Softmax(weights, row.top, row_offset=offset.to(weights.dtype), about=about)
 
 
 def _mean_product(p: Problem, products: Tensor | None, positives: Partner | SameLabel | None, group: str) -> Tensor:
-    """The mean of <x_i, y_j>, of all ranks, (1,) statistic dtype: over all pairs or, where tiles hold them, over the positives.
+    """The mean of <x_i, y_j>, of all ranks, (1,) statistic dtype: over the positives or, where there are none, over all pairs.
 
     At convergence G is left of positives alone. Those of a row cancel but for the last bits of exp, if it errs to one side:
     these count by how far a product is from the mean.
     """
-    if isinstance(positives, SameLabel):
-        some = positives.inverse != 0
-        sum_and_count = torch.stack([products.masked_fill(~some, 0.0).sum(), some.sum()])
-        total, count = ops.sum_over_ranks(sum_and_count, group)
-        return (total / count.clamp(min=1)).to(p.stat_dtype).reshape(1)
+    if products is None:
+        return _mean_of_all_pairs(p, group)
+    if isinstance(positives, Partner) and not group:
+        return products.mean(0, keepdim=True, dtype=p.stat_dtype)
+    some = positives.inverse != 0 if isinstance(positives, SameLabel) else torch.ones_like(products, dtype=torch.bool)
+    total, count = ops.sum_over_ranks(torch.stack([products.masked_fill(~some, 0.0).sum(), some.sum()]), group)
+    return (total / count.clamp(min=1)).to(p.stat_dtype).reshape(1)
+
+
+def _mean_of_all_pairs(p: Problem, group: str) -> Tensor:
     lines = [p.x] if p.triangular else [p.x, p.y]
     sums = torch.stack([v.sum(0, dtype=p.stat_dtype) for v in lines])  # (1 or 2, D)
     counts = [v.shape[0] for v in lines]

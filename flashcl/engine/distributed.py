@@ -232,25 +232,17 @@ def _goes_home(own: bool, home: Tensor | None, dy: Tensor | None) -> bool:
 
 def _coefficients_of_all(world: _World, c: Softmax) -> Softmax:
     """Those of the columns of all ranks; of a triangular problem the columns are the rows."""
-    side = (c.row_weight, c.row_lse, c.row_offset) if world.p.triangular else (c.col_weight, c.col_lse, c.col_offset)
-    weight, lse, offset = side
-    if weight is None:
-        return c
-
-    def of_all(v):
-        return None if v is None else world.ranks.all_lines(v, world.lines)
-
-    return replace(c, col_weight=of_all(weight), col_lse=LogSumExp(of_all(lse.parts)), col_offset=of_all(offset))
+    side = (c.row_weight, c.row_top, c.row_offset) if world.p.triangular else (c.col_weight, c.col_top, c.col_offset)
+    weight, top, offset = (None if v is None else world.ranks.all_lines(v, world.lines) for v in side)
+    return replace(c, col_weight=weight, col_top=top, col_offset=offset)
 
 
 def _part(c: Softmax | Sigmoid, cols: Softmax | None, rows: slice, at: list[slice]) -> Softmax | Sigmoid:
     """The coefficients of a block against columns of other ranks."""
     if isinstance(c, Sigmoid):
         return Sigmoid(c.row_weight[rows])
-    row_lse = LogSumExp(c.row_lse.parts[..., rows])
-    col_lse = None if cols.col_lse is None else LogSumExp(_take(cols.col_lse.parts, at))
     return Softmax(
-        c.row_weight[:, rows], row_lse, _take(cols.col_weight, at), col_lse,
+        c.row_weight[:, rows], c.row_top[:, rows], _take(cols.col_weight, at), _take(cols.col_top, at),
         _take(c.row_offset, [rows]), _take(cols.col_offset, at), c.about,
     )  # fmt: skip
 
@@ -264,7 +256,7 @@ def _parts(c: Softmax | Sigmoid, own: bool, partial: bool) -> list[tuple[Softmax
         return [(c, True, True)]
     if isinstance(c, Sigmoid):
         return [(c, True, False)]
-    row = replace(c, col_weight=None, col_lse=None, col_offset=None)
+    row = replace(c, col_weight=None, col_top=None, col_offset=None)
     if c.col_weight is None:
         return [(row, True, False)]
     col = replace(c, row_weight=torch.zeros_like(c.row_weight), row_offset=None)

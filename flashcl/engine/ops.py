@@ -79,8 +79,7 @@ def grad(
         assert not problem.triangular
         vectors = [c.row_weight] + [None] * 6
     else:
-        row_lse, col_lse = (None if lse is None else lse.parts for lse in (c.row_lse, c.col_lse))
-        vectors = [c.row_weight, row_lse, c.col_weight, col_lse, c.row_offset, c.col_offset, c.about]
+        vectors = [c.row_weight, c.row_top, c.col_weight, c.col_top, c.row_offset, c.col_offset, c.about]
     dx, dy, g_rows, g_cols, d_scale, row_sum = _grad(*_unpack(problem), *vectors, tile_scale, kept, list(needs), backend, group)
     return Grads(
         dx if needs.x else None,
@@ -223,7 +222,7 @@ def _scaled(problem: Problem, tile_scale: Tensor | None) -> Problem:
     return problem if tile_scale is None else replace(problem, logit_scale=tile_scale)
 
 
-def _empty_grads(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_lse, col_weight, col_lse,
+def _empty_grads(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_top, col_weight, col_top,
       row_offset, col_offset, about, tile_scale, kept, needs, backend, group):  # fmt: skip
     new, needs = logit_scale.new_empty, Needs(*needs)
     return (
@@ -232,7 +231,7 @@ def _empty_grads(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row
         new(x.shape[0] if needs.row_bias else 0),
         new((x if y is None else y).shape[0] if needs.col_bias else 0),
         new((), dtype=torch.float64) if needs.scale else new(0),
-        new(x.shape[0] if row_lse is None else 0),
+        new(x.shape[0] if row_top is None else 0),
     )
 
 
@@ -247,9 +246,9 @@ def _grad(
     rows: list[Tensor],
     cols: list[Tensor],
     row_weight: Tensor,
-    row_lse: Tensor | None,
+    row_top: Tensor | None,
     col_weight: Tensor | None,
-    col_lse: Tensor | None,
+    col_top: Tensor | None,
     row_offset: Tensor | None,
     col_offset: Tensor | None,
     about: Tensor | None,
@@ -260,11 +259,10 @@ def _grad(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols)
-    if row_lse is None:
+    if row_top is None:
         c = Sigmoid(row_weight)
     else:
-        row, col = LogSumExp(row_lse), None if col_lse is None else LogSumExp(col_lse)
-        c = Softmax(row_weight, row, col_weight, col, row_offset, col_offset, about)
+        c = Softmax(row_weight, row_top, col_weight, col_top, row_offset, col_offset, about)
     module, needs = dispatch.load(backend), Needs(*needs)
     if group:
         g = distributed.grad(module, problem, c, needs, group, tile_scale=tile_scale)

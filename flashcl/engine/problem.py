@@ -16,7 +16,7 @@ ones, so that one block is like the whole.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -107,6 +107,13 @@ class LogSumExp:
         """(K, N) float64"""
         return self.parts.sum(1, dtype=torch.float64)
 
+    def of_top(self, weight: Tensor) -> Tensor:
+        """(K, N) stat_dtype: what exp(s - top) has to be multiplied by for weight (K, N) float64 times exp(s - lse).
+
+        exp(-rest) is 1 - rest to the rounding of s itself: rest is at most half a unit in the last place of top.
+        """
+        return torch.addcmul(weight, weight, self.rest, value=-1, out=self.parts.new_empty(weight.shape))
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -121,20 +128,20 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Softmax:
-    """The coefficients of G for log-sum-exp statistics. A row whose lse.top is -inf has no pairs: its G is 0.
+    """The coefficients of G for log-sum-exp statistics. A row whose top is -inf has no pairs: its G is 0.
 
-    G_ij = row_weight[k, i] exp(s_ij - row_lse[k, i]) + col_weight[k, j] exp(s_ij - col_lse[k, j])     k = class of (i, j)
+    G_ij = row_weight[k, i] exp(s_ij - row_top[k, i]) + col_weight[k, j] exp(s_ij - col_top[k, j])     k = class of (i, j)
            - (row_offset[i] + col_offset[j] where k = 1)
 
-    with exp(s - lse) taken as exp(s - top) exp(-rest). The offset is what the positives of a row would receive were they
-    all alike. It is taken off before G is rounded, because exp(s - lse) and the offset cancel near convergence.
-    Where the problem is triangular the column coefficients are None: they are those of the rows.
+    top is the log-sum-exp but for its rest, which the weights have taken in (`LogSumExp.of_top`). The offset is what the
+    positives of a row would receive were they all alike. It is taken off before G is rounded, because the two cancel near
+    convergence. Where the problem is triangular the column coefficients are None: they are those of the rows.
     """
 
     row_weight: Tensor  # (K, N) stat_dtype
-    row_lse: LogSumExp  # (K, N)
+    row_top: Tensor  # (K, N)
     col_weight: Tensor | None = None  # (K, M); None also where no gradient comes through the columns
-    col_lse: LogSumExp | None = None  # (K, M)
+    col_top: Tensor | None = None  # (K, M)
     row_offset: Tensor | None = None  # (N,), only with K = 2
     col_offset: Tensor | None = None  # (M,)
     about: Tensor | None = None  # (1,) stat_dtype: the product that d_scale is taken about
@@ -169,12 +176,21 @@ class Grads:
     row_sum: Tensor | None = None  # (N,) stat_dtype: sum_j row_weight[i] softplus(s_ij), with Sigmoid coefficients
 
     @staticmethod
+    def empty(p: Problem, c: Softmax | Sigmoid, needs: Needs) -> Grads:
+        """For blocks of which the first one of each line is written and the others are added; zeros if there is no block."""
+        return Grads._of(torch.empty if len(p.x) and len(p.y) else torch.zeros, p, c, needs)
+
+    @staticmethod
     def zeros(p: Problem, c: Softmax | Sigmoid, needs: Needs, cols: int | None = None) -> Grads:
         """For blocks to be added to. cols: how many g_cols has, if not one for each row of y."""
+        return Grads._of(torch.zeros, p, c, needs, cols)
+
+    @staticmethod
+    def _of(make: Callable, p: Problem, c: Softmax | Sigmoid, needs: Needs, cols: int | None = None) -> Grads:
         (N, D), M = p.x.shape, p.y.shape[0]
 
         def new(wanted: bool, *shape: int, dtype: torch.dtype = p.stat_dtype) -> Tensor | None:
-            return torch.zeros(shape, dtype=dtype, device=p.x.device) if wanted else None
+            return make(shape, dtype=dtype, device=p.x.device) if wanted else None
 
         return Grads(
             new(needs.x, N, D),

@@ -66,23 +66,25 @@ class _ScaleGradient(torch.autograd.Function):
 
 def from_negatives(neg: Tensor, pos: Tensor) -> Tensor:
     """-log softmax of the positive, log(e^pos + e^neg) - pos, exact also where the positive has nearly all the mass."""
-    # A softmax over an infinite logit is NaN, and so are its gradients: softplus alone would return 0 or inf.
-    nan_if_infinite = torch.maximum(neg, pos).detach() * 0.0
-    return F.softplus(neg - pos + nan_if_infinite, threshold=50.0)
+    # A softmax over an infinite logit is NaN, and so are its gradients; softplus alone would return 0 or inf. inf * 0 is NaN.
+    largest = torch.maximum(neg, pos).detach()
+    return F.softplus(torch.add(neg - pos, largest, alpha=0.0), threshold=50.0)
 
 
 def reduce(loss: Tensor, reduction: str, x: Tensor, group: Group | None, count: Tensor | int | None = None) -> Tensor:
-    """The float64 losses of the rows (or their sum), reduced, in the dtype of results for embeddings like x.
+    """Float64 losses, of the rows (N,), of the rows (C, N) of which one's is the mean of C, or their sum (), reduced.
 
-    count: how many rows the mean divides by, () or a number; None: all rows of x.
+    In the dtype of results for embeddings like x. count: how many rows the mean divides by, () or a number; None: all rows of x.
     """
+    kinds = loss.shape[0] if loss.dim() == 2 else 1
     if reduction == "none":
-        return wide(loss, x)
+        return wide(loss if kinds == 1 else loss.mean(0), x)
     loss = loss.sum() if loss.dim() else loss
-    if reduction == "mean":
-        count = x.shape[0] if count is None else count
-        loss = loss / _at_least_one(count) if group is None else _mean_over_ranks(loss, count, group)
-    return wide(loss, x)
+    count = x.shape[0] if count is None else count
+    if reduction == "mean" and group is None:
+        return wide(loss / (kinds * _at_least_one(count)), x)  # divided once: each operation is a launch, forward and backward
+    loss = loss if kinds == 1 else loss / kinds
+    return wide(loss if reduction == "sum" else _mean_over_ranks(loss, count, group), x)
 
 
 def _at_least_one(count: Tensor | int) -> Tensor | int:

@@ -64,4 +64,4 @@ def info_nce(
     if not symmetric:
         return reduce(from_negatives(s.row_neg, s.row_pos), reduction, x, group)
     loss = from_negatives(torch.stack([s.row_neg, s.col_neg]), s.row_pos)  # (2, N): of the rows and of the columns
-    return reduce(loss.mean(0), reduction, x, group)
+    return reduce(loss, reduction, x, group)
