@@ -29,6 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
+KERNELS_IN = {"cuda": "csrc", "triton": "triton_kernels"}
 SOURCES = ("flashcl", "triton_kernels", "csrc", "tests", "bench/small_shapes.py", "setup.py", "pyproject.toml")
 KERNELS = ("cuda", "triton")
 WATCHED = [  # by the sanitizer; float16 takes the ways of bfloat16
@@ -269,7 +270,8 @@ class Check:
         if "PASSED" not in mine.values() or set(mine.values()) - {"PASSED", "SKIPPED"} or not all(clean):
             return []
         path = self.out / f"verified-{backend}-{self.environment['arch']}.json"
-        record = dict(environment=self.environment, tests=mine, sanitizer=self.state["sanitizer"])
+        kernels = digest_of(KERNELS_IN[backend])
+        record = dict(environment=self.environment, kernels=kernels, tests=mine, sanitizer=self.state["sanitizer"])
         path.write_text(json.dumps(record, indent=1) + "\n")
         return [f"verified: {path.name} (dispatch.VERIFIED may name it)"]
 
@@ -300,12 +302,6 @@ def environment() -> dict[str, str]:
     """Of one kind: results of two calls belong together where all of it is the same."""
     import torch
 
-    digest = hashlib.sha256()
-    for pattern in SOURCES:
-        for path in sorted(ROOT.glob(pattern)):
-            for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-                if file.suffix in (".py", ".toml", ".cu", ".cuh", ".h", ".cpp"):
-                    digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
     try:
         import triton
     except ImportError:
@@ -318,8 +314,18 @@ def environment() -> dict[str, str]:
         torch=torch.__version__,
         triton=getattr(triton, "__version__", "none"),
         commit=os.environ.get("FLASHCL_COMMIT") or first_line("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"),
-        sources=digest.hexdigest()[:12],
+        sources=digest_of(*SOURCES),
     )
+
+
+def digest_of(*paths: str) -> str:
+    """Of the sources in files and folders of the repository."""
+    digest = hashlib.sha256()
+    for path in (ROOT / name for name in paths):
+        for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+            if file.suffix in (".py", ".toml", ".cu", ".cuh", ".h", ".cpp"):
+                digest.update(file.relative_to(ROOT).as_posix().encode() + file.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def first_line(*command: str) -> str:

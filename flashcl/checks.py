@@ -16,6 +16,8 @@ def embeddings(group: object | None = None, **named: Tensor) -> None:
     for name, x in named.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout != torch.strided or x.is_nested:
+            raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
         if x.dim() != 2:
             raise ValueError(f"{name} must have shape (rows, D), got {tuple(x.shape)}")
         if x.dtype not in _DTYPES:
@@ -51,10 +53,11 @@ def scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
         return value.reshape(()).to(x.device)
-    return _constant(_number(name, value), x)
+    return _constant(number(name, value), x)
 
 
-def _number(name: str, value: float) -> float:
+def number(name: str, value: float) -> float:
+    """A number that is no tensor."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a float or a one-element tensor, got {type(value).__name__}")
     return float(value)
@@ -80,10 +83,10 @@ def logit_scale(x: Tensor, *, temperature: float | Tensor | None, logit_scale: f
 def inverse_temperature(temperature: float | Tensor, x: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         return wide(scalar("temperature", temperature, x), x).reciprocal()
-    number = _number("temperature", temperature)
-    if not number > 0:
+    value = number("temperature", temperature)
+    if not value > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    return _constant(1 / number, x)
+    return _constant(1 / value, x)
 
 
 def wide(value: Tensor, x: Tensor) -> Tensor:
@@ -120,6 +123,6 @@ def labels(value: Tensor, rows: int, z: Tensor) -> None:
         raise ValueError(f"labels must be on the device of z, {z.device}, got {value.device}")
 
 
-def one_of(name: str, value: str, allowed: tuple) -> None:
-    if value not in allowed:
+def one_of(name: str, value: object, allowed: tuple) -> None:
+    if not (isinstance(value, (str, bool, type(None))) and value in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")

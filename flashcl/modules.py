@@ -24,9 +24,13 @@ from flashcl.losses.sup_con import sup_con
 
 
 def _positive(name: str, value: float) -> float:
-    if not 0 < value < math.inf:
+    if not 0 < checks.number(name, value) < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
     return value
+
+
+def _inverse(temperature: float) -> float:
+    return _positive("1 / temperature", 1 / _positive("temperature", temperature))
 
 
 class _AtMost(torch.autograd.Function):
@@ -49,10 +53,15 @@ class _WithLogitScale(nn.Module):
     def __init__(self, logit_scale: float, learnable: bool, max_logit_scale: float | None, options: dict):
         super().__init__()
         checks.one_of("reduction", options["reduction"], REDUCTIONS)
+        for name in {"normalize", "symmetric"} & set(options):
+            checks.one_of(name, options[name], (True, False))
         checks.one_of("backend", options["backend"], ("auto", *dispatch.BACKENDS))
         self.max_logit_scale = max_logit_scale if learnable else None
-        if self.max_logit_scale is not None and not logit_scale <= max_logit_scale:
-            raise ValueError(f"max_logit_scale must be at least the {logit_scale:.4g} to begin with, got {max_logit_scale}")
+        if self.max_logit_scale is not None and not logit_scale <= checks.number("max_logit_scale", max_logit_scale):
+            raise ValueError(
+                f"max_logit_scale must be at least the scale to begin with, {logit_scale:.4g}, got {max_logit_scale}: "
+                "raise it, or pass max_logit_scale=None for no bound"
+            )
         self._initial: dict[str, float] = {}
         self._hold("log_logit_scale", math.log(logit_scale), learnable)
         self.options = options | dict(group=Group.of(options["group"], options["reduction"]))
@@ -104,7 +113,7 @@ class InfoNCELoss(_WithLogitScale):
         backend: str = "auto",
     ):
         options = dict(symmetric=symmetric, normalize=normalize, reduction=reduction, group=group, backend=backend)
-        super().__init__(1 / _positive("temperature", temperature), learnable, max_logit_scale, options)
+        super().__init__(_inverse(temperature), learnable, max_logit_scale, options)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return info_nce(x, y, logit_scale=self.logit_scale, **self.options)
@@ -130,7 +139,7 @@ class SigLIPLoss(_WithLogitScale):
     ):
         options = dict(normalize=normalize, reduction=reduction, group=group, backend=backend)
         super().__init__(_positive("logit_scale", logit_scale), learnable, None, options)
-        self._hold("logit_bias", logit_bias, learnable)
+        self._hold("logit_bias", checks.number("logit_bias", logit_bias), learnable)
 
     def extra_repr(self) -> str:
         bias = "?" if self.logit_bias.is_meta else f"{self.logit_bias.item():.4g}"
@@ -158,7 +167,7 @@ class NTXentLoss(_WithLogitScale):
         backend: str = "auto",
     ):
         options = dict(normalize=normalize, reduction=reduction, group=group, backend=backend)
-        super().__init__(1 / _positive("temperature", temperature), learnable, None, options)
+        super().__init__(_inverse(temperature), learnable, None, options)
 
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         return nt_xent(z1, z2, temperature=1 / self.logit_scale, **self.options)
@@ -182,7 +191,7 @@ class SupConLoss(_WithLogitScale):
         backend: str = "auto",
     ):
         options = dict(normalize=normalize, reduction=reduction, group=group, backend=backend)
-        super().__init__(1 / _positive("temperature", temperature), learnable, None, options)
+        super().__init__(_inverse(temperature), learnable, None, options)
 
     def forward(self, z: Tensor, labels: Tensor) -> Tensor:
         return sup_con(z, labels, temperature=1 / self.logit_scale, **self.options)

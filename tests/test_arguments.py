@@ -73,6 +73,21 @@ def test_embeddings_must_be_matrices_of_floats(function, name):
             function(**{name: X.to(dtype)})
 
 
+@pytest.mark.parametrize("function, name", EMBEDDINGS, ids=named)
+def test_embeddings_must_be_dense(function, name):
+    nested = torch.nested.nested_tensor([X[0], X[1]])
+    for wrong, kind in ((X.to_sparse(), "sparse_coo"), (X.to_sparse_csr(), "sparse_csr"), (nested, "nested")):
+        with raises(TypeError, name, "dense", kind):
+            function(**{name: wrong})
+
+
+@pytest.mark.parametrize("function", REDUCED, ids=named)
+def test_normalize_is_yes_or_no(function):
+    for wrong in ("no", X, None):
+        with raises(ValueError, "normalize", "True, False"):
+            function(normalize=wrong)
+
+
 @pytest.mark.parametrize("function, name", SECOND, ids=named)
 def test_embeddings_must_match(function, name):
     first = FUNCTIONS[function][0][0]

@@ -13,6 +13,7 @@ import torch
 from measured import ENVIRONMENT, ROOT, ROWS, one_commit, script  # noqa: F401  fixtures
 
 from flashcl.cli.bench.results import Results
+from flashcl.engine import dispatch
 
 
 @pytest.mark.parametrize("program", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.name)
@@ -290,6 +291,17 @@ def test_the_summary_of_a_check(monkeypatch, tmp_path, capsys, change, code, ver
     assert gpu.Check("1/1", 60, tmp_path).state == check.state  # the next call goes on from it
     monkeypatch.setattr(gpu, "environment", lambda: dict(device="a GPU", arch="sm90", sources="456"))
     assert gpu.Check("1/1", 60, tmp_path).state["tests"] == {}  # but not with other sources
+
+
+@pytest.mark.parametrize("backend, generation", [(k, v) for k, verified in dispatch.VERIFIED.items() for v in verified])
+def test_a_verified_generation_stands_on_a_file(backend, generation):
+    """All tests of the backend and the sanitizer, and of these very kernels: who edits one has to run them on a GPU again."""
+    arch, gpu = "sm{}{}".format(*generation), script("gpu")
+    record = json.loads((gpu.RESULTS / f"verified-{backend}-{arch}.json").read_text())
+    assert record["environment"]["arch"] == arch
+    assert set(record["tests"].values()) <= {"PASSED", "SKIPPED"} and "PASSED" in record["tests"].values()
+    assert {record["sanitizer"][name] for name in gpu.WATCHED if name.startswith(backend)} == {"clean"}
+    assert record["kernels"] == gpu.digest_of(gpu.KERNELS_IN[backend])
 
 
 def test_the_summary_has_a_line_for_each_workload(tmp_path):

@@ -18,7 +18,7 @@ from measured import ENVIRONMENT, ROWS, one_commit  # noqa: F401  fixtures
 from flashcl.cli import main
 from flashcl.cli.bench import machine, measure
 from flashcl.cli.bench.results import BadFile, Results
-from flashcl.cli.bench.suites import MODES
+from flashcl.cli.bench.suites import MODES, Workload
 
 
 def test_results_come_back_as_they_were(tmp_path):
@@ -162,12 +162,29 @@ def test_nt_xent_has_pairs(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--n 0", "--n 64:32", "--part 4/3", "--provider nobody", "--loss hinge", "--seconds nan"]
+    "arguments", ["--n 0", "--n 64:32", "--part 4/3", "--part x", "--part 1/", "--provider nobody", "--loss hinge", "--seconds nan"]
 )
 def test_wrong_arguments(arguments, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["bench", *arguments.split()])
     assert "usage" in capsys.readouterr().err
+
+
+def test_results_go_to_a_json_file(tmp_path, capsys):
+    """The CSV beside it must not take its name."""
+    for wrong in (tmp_path / "r.csv", tmp_path):
+        assert main(["bench", "--device", "cpu", "--out", str(wrong)]) == 2
+        assert f"--out must be a file named *.json (*.csv is written beside it), got {wrong}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_that_do_not_fit_are_a_result(monkeypatch):
+    def inputs(self, device):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Workload, "inputs", inputs)
+    rows = measure.measure(Workload("info_nce", 64, 8, "float32"), ["dense"], torch.device("cpu"), MODES, 0.01, print)
+    assert [(row.provider, row.mode, row.status) for row in rows] == [("dense", mode, "oom") for mode in MODES]
 
 
 def test_files_that_are_no_results(tmp_path, capsys):

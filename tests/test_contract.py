@@ -4,6 +4,7 @@ The torch backend runs as it is and the triton backend in the hardened interpret
 small where a backend would see all rows in one.
 """
 
+import functools
 import importlib
 import itertools
 import math
@@ -112,6 +113,13 @@ def test_reductions(backend, dtype, loss, reduction):
 @pytest.mark.parametrize("backend, dtype", EVERY)
 def test_normalize(backend, dtype, loss):
     assert violations(case(loss, "unnormalised", n=37, normalize=True), dtype, backend=backend) == []
+
+
+@pytest.mark.parametrize("loss, regime", [("sup_con", "duplicates"), ("nt_xent", "collapsed"), ("nt_xent", "duplicates")])
+@pytest.mark.parametrize("dtype", [BF16, HALF])
+def test_normalize_takes_gradients_that_are_not_rounded(dtype, loss, regime):
+    """Nearly all of them is along the embeddings, which normalizing takes off; the rounding of that part would stay."""
+    assert violations(case(loss, regime, n=64, d=128, normalize=True), dtype) == []
 
 
 @pytest.mark.parametrize("backend, dtype", EVERY)
@@ -352,6 +360,32 @@ def test_positives_of_minus_infinity_are_no_missing_positives(backend, third):
     assert want[:2].isposinf().all()
     torch.testing.assert_close(got, want)
     assert flashcl.sup_con(z, labels, temperature=1.0, backend=backend).isposinf()
+
+
+def test_rows_that_are_padding_harm_no_other(backend):
+    """Blocks without a pair for a row are put together by logaddexp, whose gradient at -inf is NaN."""
+    padding = torch.tensor([0.0, 0.0, -math.inf, 0.0])
+    grads = []
+    for of in (functools.partial(flashcl.similarity_logsumexp, backend=backend), reference.similarity_logsumexp):
+        x, y = (torch.randn(n, 8, generator=torch.Generator().manual_seed(n)).requires_grad_() for n in (4, 9))
+        row_bias, scale = padding.clone().requires_grad_(), torch.tensor(1.5, requires_grad=True)
+        parts = [of(x, part, logit_scale=scale, row_bias=row_bias, axis="rows") for part in (y[:4], y[4:])]
+        torch.where(padding.isinf(), 0.0, torch.logaddexp(*parts)).sum().backward()
+        grads.append([x.grad, y.grad, row_bias.grad, scale.grad])
+    assert all(v.isfinite().all() for v in grads[0])
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_a_bad_line_stays_alone_where_the_others_are_not_used(backend, used):
+    """Of two outputs one is used, and not where it is NaN."""
+    bad, grads = 3, []
+    for of in (functools.partial(flashcl.similarity_logsumexp, backend=backend), reference.similarity_logsumexp):
+        x, y = (torch.randn(6, 4, generator=torch.Generator().manual_seed(n)) for n in (0, 1))
+        (x, y)[used][bad] = math.nan
+        grads.append(torch.autograd.grad(of(x, y.requires_grad_())[used][torch.arange(6) != bad].sum(), y)[0])
+        assert grads[-1].isnan().any(1).tolist() == [used == 0 or j == bad for j in range(6)], of
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def test_bad_labels_do_not_exist():
@@ -610,7 +644,7 @@ def test_autocast_of_towers_of_two_dtypes(backend):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_autocast(backend, loss):
-    """Inside autocast float32 embeddings are computed on in bfloat16; gradients come back in float32."""
+    """Inside autocast float32 embeddings are computed on in bfloat16; gradients come back in float32, and not rounded."""
     c = case(loss, "init", n=21).to(SINGLE)
 
     def inside(**arguments):
@@ -620,7 +654,8 @@ def test_autocast(backend, loss):
     outside = evaluate(through(c, backend), c.to(BF16))
     for name, v in evaluate(inside, c).items():
         assert v.dtype == SINGLE
-        torch.testing.assert_close(v, outside[name].float(), rtol=0, atol=0)
+        torch.testing.assert_close(v.to(outside[name].dtype), outside[name], rtol=0, atol=0)
+        assert v.numel() == 1 or not name.startswith("grad") or not torch.equal(v, v.to(BF16).float())
 
 
 def test_unusable_backends_say_why():

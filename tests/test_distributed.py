@@ -508,6 +508,11 @@ def disagreements(rank, world) -> list[str]:
         given = {bias: torch.zeros(4, dtype=DOUBLE)} if odd else {}
         lse = functools.partial(flashcl.similarity_logsumexp, leaf(), leaf(), group=group, **given)
         wrong += refused(lse, "agree", f"{bias} given True", f"{bias} given False")
+    wrong += refused(lambda: info_nce(leaf(), normalize=odd), "agree", "normalize True", "normalize False")
+    with torch.no_grad():
+        wrong += refused(lambda: info_nce(leaf(), reduction="sum" if odd else "mean"), "agree", "reduction 'sum'")
+    bias = dict(logit_scale=1.0, logit_bias=float(odd), group=group)
+    wrong += refused(lambda: flashcl.siglip(leaf(), leaf(), **bias), "agree", "logit_bias '0x1.0", "logit_bias '0x0.0")
     siglip = dict(logit_scale=1.0, logit_bias=0.0, reduction="none", group=group)
     wrong += refused(lambda: flashcl.siglip(one, one, **siglip), "agree", "any gradient wanted False")
     frozen = info_nce(leaf().detach() if odd else leaf())

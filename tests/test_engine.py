@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
+import warnings
 
 import pytest
 import torch
@@ -180,15 +180,36 @@ def test_a_device_that_no_backend_serves_is_refused():
         dispatch.choose("auto", elsewhere)
 
 
-def test_verified_generations_stand_on_a_file():
-    results = Path(__file__).parents[1] / "bench" / "results"
-    for backend, generations in dispatch.VERIFIED.items():
-        for major, minor in generations:
-            record = json.loads((results / f"verified-{backend}-sm{major}{minor}.json").read_text())
-            assert record["environment"]["arch"] == f"sm{major}{minor}"
-            assert set(record["tests"].values()) <= {"PASSED", "SKIPPED"} and "PASSED" in record["tests"].values()
-            checks = [verdict for name, verdict in record["sanitizer"].items() if name.startswith(backend)]
-            assert checks and set(checks) == {"clean"}
+@pytest.mark.parametrize(
+    "arch, dtype, warns",
+    [((9, 0), torch.bfloat16, True), ((9, 0), torch.float64, False), ((8, 0), torch.bfloat16, False)],
+)
+def test_auto_says_when_it_misses_kernels_that_a_gpu_could_run(monkeypatch, arch, dtype, warns):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: arch)
+    monkeypatch.setattr(dispatch, "unusable", lambda name, *_: None if name == "torch" else f"no {name}")
+    x = type("OnAGpu", (), dict(device=torch.device("cuda", 0), dtype=dtype))()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert dispatch.choose("auto", x) == "torch"
+    assert [str(w.message).split(". ")[1] for w in caught] == (["cuda: no cuda; triton: no triton"] if warns else [])
+
+
+def test_a_clone_that_is_not_installed_says_what_to_do(monkeypatch):
+    def load(name):
+        raise ModuleNotFoundError("No module named 'flashcl.triton_kernels'", name="flashcl.triton_kernels")
+
+    monkeypatch.setattr(dispatch, "load", load)
+    assert dispatch.unusable("triton", torch.device("cpu"), torch.float32).endswith("outside of the clone, or pip install -e .")
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_an_amd_gpu_is_not_taken_for_one_of_nvidia(monkeypatch, backend):
+    """It has a capability, too, which may be that of a generation on which the kernels are verified."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    reason = dispatch.unusable(backend, torch.device("cuda", 0), torch.bfloat16)
+    assert "NVIDIA" in reason or "flashcl._C is not there" in reason
 
 
 def test_every_backend_that_is_named_exists_and_says_what_it_can():

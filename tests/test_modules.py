@@ -105,7 +105,7 @@ def test_reading_the_scale_changes_nothing(views):
 
 
 def test_a_temperature_is_what_it_was_set_to(views):
-    with pytest.raises(ValueError, match="max_logit_scale must be at least the 200"):
+    with pytest.raises(ValueError, match="max_logit_scale must be at least the scale to begin with, 200"):
         flashcl.InfoNCELoss(0.005)
     for loss in (flashcl.InfoNCELoss(0.005, learnable=False), flashcl.InfoNCELoss(0.005, max_logit_scale=None)):
         assert loss(*views).item() == pytest.approx(flashcl.info_nce(*views, temperature=0.005).item())
@@ -118,6 +118,24 @@ def test_a_temperature_is_what_it_was_set_to(views):
                 make(value)
     with pytest.raises(ValueError, match="logit_scale must be positive and finite, got -1"):
         flashcl.SigLIPLoss(-1.0)
+
+
+@pytest.mark.parametrize(
+    "make, what",
+    [
+        (lambda: flashcl.InfoNCELoss("0.1"), "temperature must be a float"),
+        (lambda: flashcl.NTXentLoss(None), "temperature must be a float"),
+        (lambda: flashcl.SupConLoss(True), "temperature must be a float"),
+        (lambda: flashcl.NTXentLoss(1e-320), "1 / temperature must be positive and finite"),
+        (lambda: flashcl.InfoNCELoss(max_logit_scale="100"), "max_logit_scale must be a float"),
+        (lambda: flashcl.SigLIPLoss(logit_bias=None), "logit_bias must be a float"),
+        (lambda: flashcl.InfoNCELoss(symmetric="x"), "symmetric must be one of True, False"),
+        (lambda: flashcl.SupConLoss(normalize="no"), "normalize must be one of True, False"),
+    ],
+)
+def test_arguments_of_a_module_are_looked_at_when_it_is_made(make, what):
+    with pytest.raises((TypeError, ValueError), match=what):
+        make()
 
 
 def test_options_go_to_the_function(views):

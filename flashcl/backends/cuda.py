@@ -37,6 +37,8 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"flashcl._C is not there: {_MISSING}"
     if device.type != "cuda":
         return f"the kernels run on CUDA devices, not on {device.type}"
+    if torch.version.hip:
+        return "the kernels are for NVIDIA GPUs"  # which an AMD one could be taken for: it has a capability, too
     arch = torch.cuda.get_device_capability(device)
     if arch != (9, 0):
         return f"the kernels are for sm_90, this is sm_{arch[0]}{arch[1]}"

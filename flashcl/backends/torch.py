@@ -415,8 +415,9 @@ class _Side(NamedTuple):
     def of(weight: Tensor | None, top: Tensor | None, offset: Tensor | None) -> _Side | None:
         if weight is None:
             return None
-        # exp(s - inf) = 0: a row without pairs has no gradient, where exp(-inf - -inf) would be NaN.
-        return _Side(weight, top.masked_fill(top == -torch.inf, torch.inf), offset)
+        # exp(s - inf) = 0: a row without pairs has no gradient, where exp(-inf - -inf) would be NaN; whatever its weight.
+        empty = top == -torch.inf
+        return _Side(weight.masked_fill(empty, 0.0), top.masked_fill(empty, torch.inf), offset)
 
     def at(self, lines: slice | Tensor) -> _Side:
         return _Side(*(None if v is None else v[..., lines] for v in self))

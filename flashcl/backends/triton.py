@@ -27,6 +27,8 @@ def unusable(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"the kernels need triton 3.6 or later, this is {triton.__version__}"
     if dtype == torch.float64:
         return "float64 is served by the torch backend"
+    if device.type == "cuda" and torch.version.hip:
+        return "the kernels are for NVIDIA GPUs"  # which an AMD one could be taken for: it has a capability, too
     if device.type == "cuda":
         arch = torch.cuda.get_device_capability(device)
         return None if arch >= (8, 0) else f"the kernels need sm_80 or later, this is sm_{arch[0]}{arch[1]}"

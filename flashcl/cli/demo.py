@@ -37,10 +37,10 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--seconds", type=positive, default=40, help="the large-batch run ends after so many (default: 40)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--code", type=Path, metavar="DIR", help="learn the Python files under DIR instead")
     parser.add_argument("--out", type=Path, default=Path("flashcl-demo"), help="for all files (default: flashcl-demo)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the encoder, and of the order of the pairs (default: 0)")
     parser.set_defaults(run=run)
 
 

@@ -37,8 +37,9 @@ def report() -> list[tuple[str, str]]:
         ("device", describe(device)),
     ]
     lines += [(name, _use(name, device)) for name in dispatch.BACKENDS]
-    example = torch.empty(2, 2, device=device)
-    return [*lines, ("auto", dispatch.choose("auto", example))]
+    auto = {dtype: dispatch.choose("auto", torch.empty(2, 2, dtype=dtype, device=device)) for dtype in DTYPES}
+    by_dtype = ", ".join(f"{str(dtype).removeprefix('torch.')}: {name}" for dtype, name in auto.items())
+    return [*lines, ("auto", auto[torch.float32] if len(set(auto.values())) == 1 else by_dtype)]
 
 
 def _use(backend: str, device: torch.device) -> str:

@@ -62,11 +62,12 @@ def log_sum_exp(
     pairs: Pairs,
     *,
     need_cols: bool,
+    dtype: torch.dtype,  # what x and y are rounded to: their gradients are those of the rounded ones, in the dtype of x and y
     backend: str,
 ) -> LogMasses:
     y, col_bias = _another(y, x), _another(col_bias, row_bias)
     tensors = x, y, *_statistic_dtype(x, logit_scale, row_bias, col_bias)
-    return LogMasses(*_LogSumExp.apply(*tensors, pairs, need_cols, _backward_follows(*tensors), backend))
+    return LogMasses(*_LogSumExp.apply(*tensors, pairs, need_cols, _backward_follows(*tensors), dtype, backend))
 
 
 def softplus_sum(
@@ -77,12 +78,13 @@ def softplus_sum(
     pairs: Pairs,
     *,
     per_row: bool,
+    dtype: torch.dtype,  # as of log_sum_exp
     backend: str,
 ) -> Tensor:
     """(N,) float64 or, not per_row, their sum: then gradients are made in the forward sweep, and backward only scales them."""
     y, (logit_scale, row_bias) = _another(y, x), _statistic_dtype(x, logit_scale, row_bias)
     backward = _backward_follows(x, y, logit_scale, row_bias)
-    loss = _SoftplusSum.apply(x, y, logit_scale, row_bias, pairs, per_row or not backward, backward, backend)
+    loss = _SoftplusSum.apply(x, y, logit_scale, row_bias, pairs, per_row or not backward, backward, dtype, backend)
     return loss if per_row or not loss.dim() else loss.sum()
 
 
@@ -94,6 +96,16 @@ def _backward_follows(*tensors: Tensor | None) -> bool:
 def _another(b: Tensor | None, a: Tensor | None) -> Tensor | None:
     """b, as a tensor of its own where it is a: torch.compile passes no tensor twice to an autograd function."""
     return b.view_as(b) if b is not None and b is a else b
+
+
+def _rounded(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[torch.dtype, Tensor, Tensor | None]:
+    """The dtype of their gradients, and x and y rounded to `dtype`.
+
+    Not by an operation of its own, which would round the gradients, too: those of unit vectors are wanted as they are, since
+    what normalizes takes off the part along the vector, and of a large part the rounding would stay.
+    """
+    y_dtype = x.dtype if y is None else y.dtype  # inside autocast not always that of x
+    return torch.promote_types(x.dtype, y_dtype), x.to(dtype), None if y is None else y.to(dtype)
 
 
 def _statistic_dtype(x: Tensor, logit_scale: Tensor, *biases: Tensor | None) -> list[Tensor | None]:
@@ -117,7 +129,8 @@ def _first_order_only() -> None:
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, logit_scale, row_bias, col_bias, pairs: Pairs, need_cols: bool, keep: bool, backend: str):
+    def forward(ctx, x, y, logit_scale, row_bias, col_bias, pairs: Pairs, need_cols: bool, keep: bool, dtype, backend: str):
+        ctx.dtype, x, y = _rounded(x, y, dtype)
         positives = pairs.positives()
         problem = _problem(x, y, logit_scale, row_bias, col_bias, pairs, positives)
         products, mean = None, None
@@ -155,6 +168,8 @@ class _LogSumExp(torch.autograd.Function):
         if ctx.pairs.group and col_parts is not None and d_col is None:  # another rank may use its columns
             d_col = torch.zeros_like(LogSumExp(col_parts).top[0], dtype=torch.float64)
         row, col = LogSumExp(row_parts), None if d_col is None else LogSumExp(col_parts)
+        if d_row is None and col is not None:  # nothing has used the rows: as if they had no pairs, since 0 exp(NaN) is not 0
+            row = LogSumExp.of_no_pair(problem, len(x))
         d_row, d_pos = (_or_zeros(d, row) for d in (d_row, d_pos))
         about, beside = None, 0.0
         if ctx.needs_input_grad[2]:
@@ -167,8 +182,8 @@ class _LogSumExp(torch.autograd.Function):
             c = Softmax(row.of_top(d_row[None]), row.top, *of_cols, about=about)
         needs = _needs(*ctx.needs_input_grad[:5])
         where = dict(backend=ctx.backend, group=ctx.pairs.group)
-        g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=x.dtype, beside=beside, kept=kept, **where)
-        return g.dx, g.dy, g.d_scale, g.g_rows, g.g_cols, None, None, None, None
+        g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=ctx.dtype, beside=beside, kept=kept, **where)
+        return g.dx, g.dy, g.d_scale, g.g_rows, g.g_cols, None, None, None, None, None
 
 
 def _needs(x: bool, y: bool, scale: bool, row_bias: bool, col_bias: bool = False) -> Needs:
@@ -245,8 +260,9 @@ def _mean_of_all_pairs(p: Problem, group: str) -> Tensor:
 
 class _SoftplusSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, logit_scale, row_bias, pairs: Pairs, per_row: bool, keep: bool, backend: str):
+    def forward(ctx, x, y, logit_scale, row_bias, pairs: Pairs, per_row: bool, keep: bool, dtype, backend: str):
         ctx.pairs, ctx.per_row, ctx.backend = pairs, per_row, backend
+        ctx.dtype, x, y = _rounded(x, y, dtype)
         positives = pairs.positives()
         problem = _problem(x, y, logit_scale, row_bias, None, pairs, positives)
         products = positives.products(problem, backend)
@@ -263,7 +279,6 @@ class _SoftplusSum(torch.autograd.Function):
         where = dict(backend=backend, group=pairs.group, cut_off=cut_off)
         g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=problem.stat_dtype, beside=beside, **where)
         ctx.save_for_backward(g.dx, g.dy, g.d_scale, g.g_rows)
-        ctx.dtype = x.dtype
         return (g.row_sum - log_p).sum()
 
     @staticmethod
@@ -276,14 +291,14 @@ class _SoftplusSum(torch.autograd.Function):
             c, d_pos = Sigmoid(upstream.to(problem.stat_dtype)), d_pos * upstream
             needs, beside = _needs(*ctx.needs_input_grad[:4]), torch.dot(d_pos, products)
             where = dict(backend=ctx.backend, group=ctx.pairs.group, cut_off=cut_off)
-            g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=x.dtype, beside=beside, **where)
-            return g.dx, g.dy, g.d_scale, g.g_rows, None, None, None, None
+            g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=ctx.dtype, beside=beside, **where)
+            return g.dx, g.dy, g.d_scale, g.g_rows, None, None, None, None, None
         # The gradient of a column has come from the rows of all ranks already, each with an upstream gradient of 1.
         what = 'the upstream gradient of siglip (reduction="none" lets each rank have its own)'
         upstream = ops.same_on_all_ranks(upstream, what, ctx.pairs.group)
         dx, dy, d_scale, d_row_bias = (None if g is None else g * upstream for g in ctx.saved_tensors)
         dx, dy = (None if g is None else g.to(ctx.dtype) for g in (dx, dy))
-        return dx, dy, d_scale, d_row_bias, None, None, None, None
+        return dx, dy, d_scale, d_row_bias, None, None, None, None, None
 
 
 def _of_all_pairs(

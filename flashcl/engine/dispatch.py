@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 
 import torch
 from torch import Tensor
@@ -30,14 +31,15 @@ def unusable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         return load(name).unusable(device, dtype)
     except ImportError as error:
-        return f"{error}"
+        in_a_clone = error.name == "flashcl.triton_kernels"  # they lie beside flashcl/ there: only an installation joins them
+        return f"{error}{': start Python outside of the clone, or pip install -e .' if in_a_clone else ''}"
 
 
 def choose(backend: str, x: Tensor) -> str:
     """The name of the backend that serves x, in the dtype that the engine gets it in. An explicit name never falls back."""
     dtype = checks.computed_dtype(x)
     if backend == "auto":
-        backend = next(name for name in BACKENDS if _passed_over(name, x.device, dtype) is None)
+        backend = _auto(x.device, dtype)
     if backend not in BACKENDS:
         raise ValueError(f'backend must be "auto" or one of {", ".join(map(repr, BACKENDS))}, got {backend!r}')
     if reason := unusable(backend, x.device, dtype):
@@ -79,6 +81,16 @@ def _explain_group(group: Group, lines: int, line_bytes: int) -> str:
     return f"   {ranks} ranks, {strategy}: {'asked for' if group.strategy != 'auto' else reason}"
 
 
+def _auto(device: torch.device, dtype: torch.dtype) -> str:
+    """What "auto" takes. Without kernels where they could be had it is many times slower: it says so."""
+    name = next(name for name in BACKENDS if _passed_over(name, device, dtype) is None)
+    if name == "torch" and device.type == "cuda" and dtype != torch.float64 and not torch.version.hip:
+        here = torch.cuda.get_device_capability(device)
+        if why := [f"{k}: {unusable(k, device, dtype)}" for k, verified in VERIFIED.items() if here in verified]:
+            warnings.warn(f"flashcl takes PyTorch, not the kernels for this GPU. {'; '.join(why)}", stacklevel=3)
+    return name
+
+
 def _passed_over(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why "auto" does not take a backend, or None."""
     if name == "torch":
@@ -95,5 +107,5 @@ def _passed_over(name: str, device: torch.device, dtype: torch.dtype) -> str | N
 
 # torch.compile takes the answers as constants: it cannot trace how drivers and extensions are looked at. This is what
 # torch.compiler.assume_constant_result does; to call that would import torch._dynamo, and triton with it.
-for _answer in (unusable, _passed_over):
+for _answer in (unusable, _auto):
     _answer._dynamo_marked_constant = True

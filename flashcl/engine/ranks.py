@@ -80,12 +80,13 @@ class Group:
         return group
 
     @staticmethod
-    def name(group: Group | None) -> str:
-        """`group` for an operator."""
-        return "" if group is None else group.encode()
+    def name(group: Group | None, **same) -> str:
+        """`group` for an operator; `same`: arguments of the loss in which the ranks must agree, beside what operators see."""
+        return "" if group is None else group.encode(**same)
 
-    def encode(self) -> str:
-        return "\n".join([self.process_group.group_name, self.strategy, self.convention, str(self.chunk_bytes)])
+    def encode(self, **same) -> str:
+        options = self.strategy, self.convention, str(self.chunk_bytes)
+        return "\n".join([self.process_group.group_name, *options, json.dumps(same)])
 
 
 # Bytes of what a rank says, whatever it has to say: so ranks that disagree still understand each other.
@@ -99,13 +100,13 @@ class Ranks:
 
     def __init__(self, encoded: str, device: torch.device, what: str, same: dict, counts: tuple[int, ...]):
         """`same` must be equal on all ranks; `counts` may differ, and become `self.counts`, one tuple per rank."""
-        name, self.strategy, convention, chunk_bytes = encoded.split("\n")
+        name, self.strategy, convention, chunk_bytes, arguments = encoded.split("\n")
         self.partial, self.chunk_bytes = convention == "local_partial", int(chunk_bytes)
         self.group = dist.distributed_c10d._resolve_process_group(name)
         self.rank, self.size, self.device = self.group.rank(), self.group.size(), device
         self.what = f"{what}, number {next(_meetings[name])} in this group"
         options = {"strategy": self.strategy, "convention": convention, "chunk_bytes": self.chunk_bytes}
-        said = self._say({"operation": self.what} | options | same, counts)
+        said = self._say({"operation": self.what} | options | json.loads(arguments) | same, counts)
         first, _ = said[0]
         for rank, (facts, _) in enumerate(said):
             if differ := [key for key in first | facts if first.get(key) != facts.get(key)]:
@@ -116,7 +117,8 @@ class Ranks:
 
     def _say(self, same: dict, counts: tuple[int, ...]) -> list:
         text = json.dumps([same, counts]).encode()
-        assert len(text) <= MESSAGE
+        if len(text) > MESSAGE:  # ranks could not follow each other any more
+            raise RuntimeError(f"flashcl: {len(text)} bytes to agree on, of which {MESSAGE} are sent: {text!r}")
         mine = torch.tensor(list(text.ljust(MESSAGE)), dtype=torch.uint8, device=self.device)
         said = self.all_gather(mine, what="what each rank brings").view(self.size, -1).cpu()
         try:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashcl.checks import computed_dtype, wide
-from flashcl.engine import ops
+from flashcl.engine import dispatch, ops
 from flashcl.engine.ranks import Group
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -35,15 +35,20 @@ def eager_over_ranks(loss: Callable[P, R]) -> Callable[P, R]:
 
 
 def prepare(normalize: bool, group: Group | None, *embeddings: Tensor) -> list[Tensor]:
-    """Embeddings as the engine takes them: of unit length if asked for, in the autocast dtype inside autocast.
+    """Embeddings as the engine takes them: of unit length if asked for. It rounds them itself.
 
     Under the convention "global" their gradients are divided by the number of ranks.
     """
     if group is not None and group.convention == "global":
         embeddings = [_ScaleGradient.apply(x, 1 / group.process_group.size()) for x in embeddings]
     if normalize:  # in float32 at least: a norm may be beyond float16, and its square is
-        embeddings = [F.normalize(wide(x, x), dim=1).to(x.dtype) for x in embeddings]
-    return [x.to(computed_dtype(x)) for x in embeddings]
+        embeddings = [F.normalize(wide(x, x), dim=1) for x in embeddings]
+    return list(embeddings)
+
+
+def computed(x: Tensor, backend: str) -> dict[str, torch.dtype | str]:
+    """In what dtype and by which backend the engine computes the logits of x, as it was given: arguments of the engine."""
+    return dict(dtype=computed_dtype(x), backend=dispatch.choose(backend, x))
 
 
 def parameter(value: Tensor, group: Group | None) -> Tensor:

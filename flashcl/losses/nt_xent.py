@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from flashcl import checks
-from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
-from flashcl.losses.common import REDUCTIONS, eager_over_ranks, from_negatives, parameter, prepare, reduce
+from flashcl.losses.common import REDUCTIONS, computed, eager_over_ranks, from_negatives, parameter, prepare, reduce
 
 
 @eager_over_ranks
@@ -46,12 +45,15 @@ def nt_xent(
     checks.embeddings(group, z1=z1, z2=z2)
     checks.same_rows("z1", z1, "z2", z2, "they are views of the same items")
     checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.one_of("normalize", normalize, (True, False))
     group = Group.of(group, reduction)
     scale = parameter(checks.inverse_temperature(temperature, z1), group)
+    at = computed(z1, backend)
     z = torch.cat(prepare(normalize, group, z1, z2))
 
     # Ids are equal for the anchor itself and for its positive: neither is a negative.
     item = torch.arange(z1.shape[0], dtype=torch.int32, device=z.device).repeat(2)
-    pairs = Pairs("different", (item,), (item,), partner=z1.shape[0], group=Group.name(group))
-    s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, backend=dispatch.choose(backend, z))
+    name = Group.name(group, reduction=reduction, normalize=normalize)
+    pairs = Pairs("different", (item,), (item,), partner=z1.shape[0], group=name)
+    s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, **at)
     return reduce(from_negatives(s.row_neg, s.row_pos), reduction, z, group)

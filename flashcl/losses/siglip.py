@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from flashcl import checks
-from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, softplus_sum
 from flashcl.engine.ranks import Group
-from flashcl.losses.common import REDUCTIONS, eager_over_ranks, parameter, prepare, reduce
+from flashcl.losses.common import REDUCTIONS, computed, eager_over_ranks, parameter, prepare, reduce
 
 
 @eager_over_ranks
@@ -46,14 +45,15 @@ def siglip(
     checks.embeddings(group, x=x, y=y)
     checks.same_rows("x", x, "y", y, "each row has one positive")
     checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.one_of("normalize", normalize, (True, False))
     group = Group.of(group, reduction)
     scale = parameter(checks.scalar("logit_scale", logit_scale, x), group)
     bias = parameter(checks.wide(checks.scalar("logit_bias", logit_bias, x), x), group)
+    at = computed(x, backend)
     x, y = prepare(normalize, group, x, y)
 
     row = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    pairs = Pairs("different", (row,), (row,), partner=0, group=Group.name(group))
-    loss = softplus_sum(
-        x, y, scale, bias.expand(len(x)), pairs, per_row=reduction == "none", backend=dispatch.choose(backend, x)
-    )
+    same = {} if group is None else dict(reduction=reduction, normalize=normalize, logit_bias=bias.item().hex())
+    pairs = Pairs("different", (row,), (row,), partner=0, group=Group.name(group, **same))
+    loss = softplus_sum(x, y, scale, bias.expand(len(x)), pairs, per_row=reduction == "none", **at)
     return reduce(loss, reduction, x, group)

@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from flashcl import checks
-from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
-from flashcl.losses.common import eager_over_ranks, prepare
+from flashcl.losses.common import computed, eager_over_ranks, prepare
 
 
 @eager_over_ranks
@@ -55,16 +54,15 @@ def similarity_logsumexp(
     checks.one_of("axis", axis, ("both", "rows", "cols"))
     group = Group.of(group, reduction=None)
     scale = checks.scalar("logit_scale", logit_scale, x)
+    at = computed(x, backend)
     x, y = prepare(False, group, x, y)
     if axis == "cols":  # the columns of S are the rows of its transpose
         x, y, row_bias, col_bias = y, x, col_bias, row_bias
 
-    pairs = Pairs(group=Group.name(group))
+    pairs = Pairs(group=Group.name(group, axis=axis))
     if exclude == "diagonal":
         row_id, col_id = (torch.arange(len(v), dtype=torch.int32, device=x.device) for v in (x, y))
-        pairs = Pairs("different", (row_id,), (col_id,), group=Group.name(group))
-    s = log_sum_exp(
-        x, y, scale, row_bias, col_bias, pairs, need_cols=axis == "both", backend=dispatch.choose(backend, x)
-    )
+        pairs = Pairs("different", (row_id,), (col_id,), group=Group.name(group, axis=axis))
+    s = log_sum_exp(x, y, scale, row_bias, col_bias, pairs, need_cols=axis == "both", **at)
     row = checks.wide(s.row_neg, x)
     return (row, checks.wide(s.col_neg, x)) if axis == "both" else row

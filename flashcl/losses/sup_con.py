@@ -7,10 +7,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from flashcl import checks
-from flashcl.engine import dispatch
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
-from flashcl.losses.common import REDUCTIONS, eager_over_ranks, from_negatives, parameter, prepare, reduce
+from flashcl.losses.common import REDUCTIONS, computed, eager_over_ranks, from_negatives, parameter, prepare, reduce
 
 
 @eager_over_ranks
@@ -48,14 +47,17 @@ def sup_con(
     checks.embeddings(group, z=z)
     checks.labels(labels, len(z), z)
     checks.one_of("reduction", reduction, REDUCTIONS)
+    checks.one_of("normalize", normalize, (True, False))
     group = Group.of(group, reduction)
     scale = parameter(checks.inverse_temperature(temperature, z), group)
+    at = computed(z, backend)
     (z,) = prepare(normalize, group, z)
 
     row = torch.arange(len(z), dtype=torch.int32, device=z.device)
     labels = labels.to(torch.int64).contiguous()
-    pairs = Pairs("by_label", (row,), (row,), labels=labels, group=Group.name(group))
-    s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, backend=dispatch.choose(backend, z))
+    name = Group.name(group, reduction=reduction, normalize=normalize)
+    pairs = Pairs("by_label", (row,), (row,), labels=labels, group=name)
+    s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, **at)
     alone = s.alone
     # Filled before the arithmetic, not after: inf - inf of an anchor that does not count would make its gradient NaN.
     pos, gap = s.row_pos.masked_fill(alone, 0.0), s.row_gap.masked_fill(alone, 0.0)

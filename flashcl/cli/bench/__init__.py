@@ -38,7 +38,7 @@ def add_parser(commands) -> None:
     parser.add_argument(
         "--provider", type=_names(PROVIDERS), default=tuple(PROVIDERS), help=f"{', '.join(PROVIDERS)} (default: all)"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument(
         "--seconds", type=positive, default=1.0, help="to time each provider at each workload (default: 1)"
     )
@@ -55,7 +55,7 @@ def add_parser(commands) -> None:
 
 def _names(known):
     def parse(text: str) -> tuple[str, ...]:
-        names = tuple(name.strip() for name in text.split(","))
+        names = tuple(dict.fromkeys(name.strip() for name in text.split(",")))
         if unknown := [name for name in names if name not in known]:
             raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
         return names
@@ -77,16 +77,20 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def _share(text: str) -> tuple[int, int]:
-    k, n = (int(number) for number in text.split("/"))
-    if not 1 <= k <= n:
-        raise argparse.ArgumentTypeError(f"expected K/N with 1 <= K <= N, got {text}")
-    return k, n
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        raise argparse.ArgumentTypeError(f"expected K/N with 1 <= K <= N, got {text!r}")
+    return int(k), int(n)
 
 
 def run(args) -> int:
     if args.fail_if_regression and not args.compare or args.resume and not args.out:
         raise UsageError("--fail-if-regression needs --compare, --resume needs --out")
     device, jobs = choose_device(args.device), workloads(args)
+    if args.out and (args.out.suffix != ".json" or args.out.is_dir()):
+        raise UsageError(f"--out must be a file named *.json (*.csv is written beside it), got {args.out}")
+    if args.compare and not args.compare.is_file():
+        raise UsageError(f"--compare {args.compare}: no such file")
     old = Results.load(args.compare) if args.compare else None
     found = _begin(args, device)
     code = _measure_all(args, jobs, device, found)

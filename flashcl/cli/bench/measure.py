@@ -78,7 +78,10 @@ class DeviceLost(Exception):
 def measure(
     work: Workload, names: Iterable[str], device: torch.device, modes: Iterable[str], seconds: float, report: Report
 ) -> list[Row]:
-    case = work.inputs(device)
+    try:
+        case = work.inputs(device)
+    except RuntimeError as error:  # too large for anyone
+        return [_row(work, c, mode) for c in _all_dropped(names, error) for mode in modes]
     candidates = [_prepare(name, work, case) for name in names]
     torch.set_float32_matmul_precision("highest")  # packages may have changed it when they were imported
     here = [c for c in candidates if c.loss]
@@ -118,6 +121,13 @@ def _try(c: Candidate, work: Workload, case: Case, truth: Exact) -> None:
             c.extra_bytes = _peak_on_gpu(c.loss, case)
     except Exception as error:
         c.drop(error)
+
+
+def _all_dropped(names: Iterable[str], error: BaseException) -> list[Candidate]:
+    candidates = [Candidate(name) for name in names]
+    for c in candidates:
+        c.drop(error)
+    return candidates
 
 
 def _prepare(name: str, work: Workload, case: Case) -> Candidate:
