@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib
 import time
 from dataclasses import replace
 from unittest import mock
@@ -14,7 +13,7 @@ import torch
 
 import flashcl
 from flashcl import contract
-from flashcl.backends import gemm
+from flashcl.backends import gemm, tiled
 from flashcl.engine import dispatch
 
 # (N, D); M > N where a loss takes it. The last is the smallest that gives CTAs of the CUDA kernels several tiles, so that
@@ -22,13 +21,13 @@ from flashcl.engine import dispatch
 SHAPES = [(1, 1), (67, 40), (131, 72), (1300, 264)]
 
 
-def float32_products(backend: str) -> contextlib.AbstractContextManager:
+def float32_products() -> contextlib.AbstractContextManager:
     """racecheck ends in an error of its own in cuBLAS kernels of 16 bits (bench/NOTES.md); those of float32 it can follow."""
 
     def addmm_(acc, a, b, *, first=False):
         gemm.addmm_(acc, a.float(), b.float(), first=first)
 
-    return mock.patch.object(importlib.import_module(f"flashcl.backends.{backend}"), "addmm_", addmm_)
+    return mock.patch.object(tiled, "addmm_", addmm_)
 
 
 def main() -> None:
@@ -38,7 +37,7 @@ def main() -> None:
     parser.add_argument("--float32-products", action="store_true", help="cuBLAS multiplies G in float32")
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
-    with float32_products(args.backend) if args.float32_products else contextlib.nullcontext():
+    with float32_products() if args.float32_products else contextlib.nullcontext():
         for loss in contract.LOSSES:
             for n, d in SHAPES:
                 c = contract.case(loss, "init", n=n, d=d).to(dtype, "cuda")

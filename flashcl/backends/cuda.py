@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from flashcl.backends import tiled
-from flashcl.backends.gemm import addmm_
 from flashcl.engine.problem import Grads, Needs, Problem, Sigmoid, Softmax, Statistics
 
 try:
@@ -152,79 +150,37 @@ def grad(
     kept: Tensor | None = None,
     workspace: int = tiled.WORKSPACE,
 ) -> Grads:
-    total, D = Grads.empty(p, c, needs._replace(scale=False)), p.x.shape[1]
-    dx, dy = total.dx, total.dy
-    a = _Arguments.of(p)
-    c, lift = tiled.lifted(c, p.x.dtype)
-    row, col = tiled.sides(p, c, _C.TILE)
-    strips = list(_strips(p, workspace / p.x.itemsize))
-    buffer = None  # of G
-    if dx is not None or dy is not None:
-        buffer = torch.empty(max((_whole(i) * _whole(j) for i, j in strips), default=0), dtype=a.x.dtype, device=p.x.device)
-    # Of each tile the sum of G_ij (<x_i, y_j> - about), of all strips side by side: they are added up once, at the end.
-    scaled, done = None, 0
-    if needs.scale:
-        scaled = torch.empty(sum(_tiles(i) * _tiles(j) for i, j in strips), dtype=torch.float32, device=p.x.device)
-    with _on(p.x.device) as stream:
-        for i, j in strips:
-            shape, tiles = (_whole(i), _whole(j)), (_tiles(i), _tiles(j))
-            g = None if buffer is None else buffer[: math.prod(shape)].view(shape)
-            of_strip = None if scaled is None else scaled[done : done + math.prod(tiles)].view(tiles)
-            done += math.prod(tiles)
-            sums = _tile_sums(p, i, j, needs, of_strip, softplus=isinstance(c, Sigmoid))
-            _launch(a.block(i, j), c, row.at(i), col and col.at(j), sums, g, stream)
+    a, D, softplus = _Arguments.of(p), p.x.shape[1], isinstance(c, Sigmoid)
 
-            tiled.add_lines_(total.g_rows, i, sums.g_rows, first=j.start == 0)
-            tiled.add_lines_(total.g_cols, j, sums.g_cols, first=i.start == 0)
-            tiled.add_lines_(total.row_sum, i, sums.softplus, first=j.start == 0)
-            own = i.stop - i.start if p.triangular and i.start == j.start else 0  # columns of the strip that are its rows
-            if own and of_strip is not None:  # there G + G^T meets every pair twice
-                of_strip[:, : -(-own // _C.TILE)] *= 0.5
-            if g is not None:
-                g, x, y = g[: i.stop - i.start, : j.stop - j.start], a.x[i, :D], a.y[j, :D]
-                if dx is not None:
-                    addmm_(dx[i], g, y, first=j.start == 0)
-                if dy is not None:
-                    addmm_(dy[j], g.T, x, first=i.start == 0)
-                if p.triangular and own < len(y):
-                    addmm_(dx[j.start + own : j.stop], g[:, own:].T, x, first=i.start == 0)
-    if scaled is not None:
-        total = dataclasses.replace(total, d_scale=scaled.sum(dtype=torch.float64))
-    tiled.unlift_(total, lift)
-    return total
-
-
-class _TileSums(NamedTuple):
-    """Sums of every tile of a block, None where not wanted."""
-
-    g_rows: Tensor | None  # (tiles_m, N)
-    g_cols: Tensor | None  # (tiles_n, M)
-    softplus: Tensor | None  # (tiles_m, N)
-    scaled: Tensor | None  # (tiles_n, tiles_m)
-
-
-def _tile_sums(p: Problem, i: slice, j: slice, needs: Needs, scaled: Tensor | None, *, softplus: bool) -> _TileSums:
     def room(wanted: bool, *shape: int) -> Tensor | None:
         return torch.empty(shape, dtype=torch.float32, device=p.x.device) if wanted else None
 
-    along_rows, along_cols = (_tiles(j), _whole(i)), (_tiles(i), _whole(j))
-    return _TileSums(
-        room(needs.row_bias, *along_rows),
-        room(needs.col_bias, *along_cols),
-        room(softplus, *along_rows),
-        scaled,
-    )
+    def launch(i: slice, j: slice, row: tiled.Side, col: tiled.Side | None, g: Tensor | None) -> tiled.TileSums:
+        along_rows, along_cols = (_tiles(j), _whole(i)), (_tiles(i), _whole(j))
+        scaled = room(needs.scale, _tiles(i), _tiles(j))
+        sums = tiled.TileSums(
+            room(needs.row_bias, *along_rows), room(needs.col_bias, *along_cols), room(softplus, *along_rows), scaled
+        )
+        _launch(a.block(i, j), row, col, sums, g, None if softplus else c.about, stream)
+        if p.triangular and i.start == j.start and scaled is not None:
+            scaled[:, : _tiles(i)] *= 0.5  # there G + G^T meets every pair twice
+        return sums
+
+    p = dataclasses.replace(p, x=a.x[:, :D], y=a.y[:, :D])
+    with _on(p.x.device) as stream:
+        blocks = _strips(p, workspace / p.x.itemsize)
+        return tiled.grad(p, c, needs, _C.TILE, blocks, lambda i, j: (_whole(i), _whole(j)), launch)
 
 
-def _launch(block, c, row: tiled.Side, col: tiled.Side | None, sums: _TileSums, g: Tensor | None, stream) -> None:
+def _launch(block, row: tiled.Side, col: tiled.Side | None, sums: tiled.TileSums, g: Tensor | None, about, stream) -> None:
     of_g = dict(g=g, g_rows=sums.g_rows, g_cols=sums.g_cols, scaled=sums.scaled, stream=stream)
-    if isinstance(c, Sigmoid):
+    if sums.softplus is not None:
         _C.sigmoid(block, row.weight, sums.softplus, **of_g)
         return
     sides = dict(row_weight=row.weight, row_lse=row.lse, row_offset=row.offset)
     if col is not None:
         sides |= dict(col_weight=col.weight, col_lse=col.lse, col_offset=col.offset)
-    _C.grad(block, **sides, **of_g, about=c.about)
+    _C.grad(block, **sides, **of_g, about=about)
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------------

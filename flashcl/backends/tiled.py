@@ -4,14 +4,15 @@ what becomes of the numbers that the kernels leave for every tile."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from flashcl.engine.problem import Grads, LogSumExp, Problem, Sigmoid, Softmax, Statistics
+from flashcl.backends.gemm import addmm_
+from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
 
 # Bound on the largest temporary of a call: the block of G in the backward, the statistics of the tiles in the forward.
 # 16k x 16k elements of 16 bits: blocks so large that adding them up in dx and dy costs nothing beside the GEMMs.
@@ -192,6 +193,69 @@ def unlift_(total: Grads, lift: Tensor | None) -> None:
     for d in (total.dx, total.dy, total.g_rows, total.g_cols, total.d_scale, total.row_sum):
         if d is not None:
             d /= lift
+
+
+class TileSums(NamedTuple):
+    """What a kernel leaves of every tile of a block, n and m rounded up to whole tiles; None where not wanted."""
+
+    g_rows: Tensor | None  # (tiles_m, n): of G
+    g_cols: Tensor | None  # (tiles_n, m)
+    softplus: Tensor | None  # (tiles_m, n): of weight softplus(s)
+    scaled: Tensor | None  # (any): of G_ij (<x_i, y_j> - about)
+
+
+def grad(
+    p: Problem,
+    c: Softmax | Sigmoid,
+    needs: Needs,
+    tile: int,
+    blocks: Iterable[tuple[slice, slice]],
+    shape: Callable,
+    launch: Callable,
+) -> Grads:
+    """Gradients from all blocks (i, j) of S: each leaves its G, which goes through GEMMs with x and y.
+
+    shape(i, j): of the G of a block, in whole tiles. tile: a multiple of their edges.
+    launch(i, j, row, col, g) writes it to g (None where not wanted), from the coefficients of its rows and of its columns, and
+    returns TileSums. A block on the diagonal of S = S^T begins with as many columns as it has rows, and these hold G + G^T
+    already: only from there on it counts for its columns, too.
+    """
+    blocks = list(blocks)
+    c, lift = lifted(c, p.x.dtype)
+    row, col = sides(p, c, tile)
+    total, scaled = Grads.empty(p, c, needs._replace(scale=False)), []
+    buffer = None  # of G
+    if total.dx is not None or total.dy is not None:
+        largest = max((math.prod(shape(i, j)) for i, j in blocks), default=0)
+        buffer = torch.empty(largest, dtype=p.x.dtype, device=p.x.device)
+    for i, j in blocks:
+        size = shape(i, j)
+        g = None if buffer is None else buffer[: math.prod(size)].view(size)
+        sums = launch(i, j, row.at(i), None if col is None else col.at(j), g)
+        add_lines_(total.g_rows, i, sums.g_rows, first=j.start == 0)
+        add_lines_(total.g_cols, j, sums.g_cols, first=i.start == 0)
+        add_lines_(total.row_sum, i, sums.softplus, first=j.start == 0)
+        if needs.scale:
+            scaled.append(sums.scaled.flatten())
+        if g is not None:
+            _add_products_(total, p, i, j, g[: i.stop - i.start, : j.stop - j.start])
+    if needs.scale:  # added up once, at the end
+        scaled = scaled[0] if len(scaled) == 1 else torch.cat([p.logit_scale[:0], *scaled])
+        total = replace(total, d_scale=scaled.sum(dtype=torch.float64))
+    unlift_(total, lift)
+    return total
+
+
+def _add_products_(total: Grads, p: Problem, i: slice, j: slice, g: Tensor) -> None:
+    """dx += G y and dy += G^T x of the block (i, j). The first block of each line is written, where there is nothing yet."""
+    x, y = p.x[i], p.y[j]
+    if total.dx is not None:
+        addmm_(total.dx[i], g, y, first=j.start == 0)
+    if total.dy is not None:
+        addmm_(total.dy[j], g.T, x, first=i.start == 0)
+    own = len(x) if i.start == j.start else 0
+    if p.triangular and own < len(y):
+        addmm_(total.dx[j.start + own : j.stop], g[:, own:].T, x, first=i.start == 0)
 
 
 def add_lines_(total: Tensor | None, at: slice, sums: Tensor | None, *, first: bool) -> None:

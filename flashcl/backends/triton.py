@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 
 import torch
 import triton
 from torch import Tensor
 
 from flashcl.backends import tiled
-from flashcl.backends.gemm import addmm_
 from flashcl.engine.problem import Grads, Needs, Problem, Sigmoid, Softmax, Statistics
 from flashcl.triton_kernels import config, grad as grad_kernels, rows as row_kernels, sweep as sweep_kernels
 from flashcl.triton_kernels.grad import Side, Sums
@@ -159,48 +157,31 @@ def grad(
     plan: Plan | None = None,
 ) -> Grads:
     plan = plan or Plan.of(p, _grad_entry(p, c, needs.scale))
-    c, lift = tiled.lifted(c, p.x.dtype)
-    row, col = tiled.sides(p, c, config.LARGEST)
-    total, D = Grads.empty(p, c, needs._replace(scale=False)), p.x.shape[1]
-    dx, dy = total.dx, total.dy
-    need_g = dx is not None or dy is not None
+    loadable, program, D = _loadable(p), PROGRAMS[p.program], p.x.shape[1]
+    softplus = isinstance(c, Sigmoid)
+    about = c.about if needs.scale and not softplus else None
 
-    p, program = _loadable(p), PROGRAMS[p.program]
-    buffer = None  # of G: the first block is the largest
-    of_tiles = []  # the part of each tile in the gradient of the scale, block by block
-    for i, j in tiled.blocks(p, plan.workspace / p.x.itemsize, plan.step()):
-        diagonal = p.triangular and i == j
-        tile = plan.square if diagonal else plan.tile
-        x, y, block = _block(p, i, j)
-        padded = None
-        if need_g:
-            shape = tiled.whole(block.N, tile.BN), tiled.whole(block.M, tile.BM)
-            buffer = torch.empty(math.prod(shape), dtype=x.dtype, device=x.device) if buffer is None else buffer
-            padded = buffer[: math.prod(shape)].view(shape)
-        tiles = grad_kernels.grid(block, tile, diagonal)
-        scaled = torch.empty(tiles, dtype=torch.float32, device=x.device) if needs.scale else None
-        of_tiles.append(scaled)
-        about = c.about if needs.scale and isinstance(c, Softmax) else None
-        sums = _sums_of_tiles(total, block, tile, scaled, about)
-        grad_kernels.grad(x, y, block, _side(row, i, x.dtype), _side(col, j, x.dtype), padded, sums, program, diagonal, tile)
+    def tile_of(i: slice, j: slice) -> config.Tile:
+        return plan.square if p.triangular and i == j else plan.tile
 
-        tiled.add_lines_(total.g_rows, i, sums.g_rows, first=j.start == 0)
-        tiled.add_lines_(total.g_cols, j, sums.g_cols, first=i.start == 0)
-        tiled.add_lines_(total.row_sum, i, sums.softplus, first=j.start == 0)
-        if need_g:
-            g = padded[: block.N, : block.M]
-            if dx is not None:
-                addmm_(dx[i], g, y[:, :D], first=j.start == 0)
-            if dy is not None:
-                addmm_(dy[j], g.T, x[:, :D], first=i.start == 0)
-            if p.triangular and not diagonal:
-                addmm_(dx[j], g.T, x[:, :D], first=i.start == 0)
+    def shape(i: slice, j: slice) -> tuple[int, int]:
+        return tiled.whole(i.stop - i.start, tile_of(i, j).BN), tiled.whole(j.stop - j.start, tile_of(i, j).BM)
 
-    if needs.scale:
-        scaled = of_tiles[0] if len(of_tiles) == 1 else torch.cat([p.logit_scale[:0], *of_tiles])
-        total = dataclasses.replace(total, d_scale=scaled.sum(dtype=torch.float64))
-    tiled.unlift_(total, lift)
-    return total
+    def launch(i: slice, j: slice, row: tiled.Side, col: tiled.Side | None, g: Tensor | None) -> tiled.TileSums:
+        tile, diagonal = tile_of(i, j), p.triangular and i == j
+        x, y, block = _block(loadable, i, j)
+        n, m = shape(i, j)
+        along_rows, along_cols = (m // tile.BM, n), (n // tile.BN, m)
+        wanted = (needs.row_bias, along_rows), (needs.col_bias, along_cols), (softplus, along_rows)
+        wanted += ((needs.scale, grad_kernels.grid(block, tile, diagonal)),)
+        sums = tiled.TileSums(*(torch.empty(s, dtype=torch.float32, device=x.device) if w else None for w, s in wanted))
+        sides = _side(row, x.dtype), None if col is None else _side(col, x.dtype)
+        grad_kernels.grad(x, y, block, *sides, g, Sums(*sums, about), program, diagonal, tile)
+        return sums
+
+    blocks = tiled.blocks(p, plan.workspace / p.x.itemsize, plan.step())
+    p = dataclasses.replace(p, x=loadable.x[:, :D], y=loadable.y[:, :D])
+    return tiled.grad(p, c, needs, config.LARGEST, blocks, shape, launch)
 
 
 def _grad_entry(p: Problem, c: Softmax | Sigmoid, need_scale: bool) -> str:
@@ -212,20 +193,10 @@ def _grad_entry(p: Problem, c: Softmax | Sigmoid, need_scale: bool) -> str:
     return "grad2" if _many_vectors(p) or (need_scale and ragged) else "grad"
 
 
-def _side(side: tiled.Side | None, at: slice, dtype: torch.dtype) -> Side | None:
-    """The coefficients of the rows, or of the columns, from at.start on, as the kernel takes them."""
-    if side is None:
-        return None
-    weight, lse, offset = side.at(at)
+def _side(side: tiled.Side, dtype: torch.dtype) -> Side:
+    """Coefficients as the kernel takes them."""
+    weight, lse, offset = side
     return Side(weight, lse, 0 if lse is None else weight.stride(0), offset, 1 if dtype == torch.float32 else None)
-
-
-def _sums_of_tiles(total: Grads, block: Block, tile: config.Tile, scaled: Tensor | None, about: Tensor | None) -> Sums:
-    """Room for the sums of every tile, of those lines that are wanted."""
-    along_rows = cdiv(block.M, tile.BM), tiled.whole(block.N, tile.BN)
-    along_cols = cdiv(block.N, tile.BN), tiled.whole(block.M, tile.BM)
-    wanted = (total.g_rows, along_rows), (total.g_cols, along_cols), (total.row_sum, along_rows)
-    return Sums(*(None if v is None else v.new_empty(shape) for v, shape in wanted), scaled, about)
 
 
 # ---- blocks --------------------------------------------------------------------------------------------------------------
