@@ -133,7 +133,7 @@ def test_operators_keep_their_word(monkeypatch):
     for op, args in seen:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
         checked.add(op._schema.name)
-    engine = {"sweep", "sweep_softplus", "grad", "partner_products", "cut_off", "finish"}
+    engine = {"sweep", "sweep_softplus", "grad", "partner_products", "tile_ratio", "finish"}
     labels = {"numbered", "label_sums", "label_products", "add_labels_"}
     assert checked == {f"flashcl::{name}" for name in engine | labels}
 

@@ -133,7 +133,7 @@ class _LogSumExp(torch.autograd.Function):
         ctx.dtype, x, y = _rounded(x, y, dtype)
         positives = pairs.positives()
         problem = _problem(x, y, logit_scale, row_bias, col_bias, pairs, positives)
-        products, mean = None, None
+        products = mean = None
         if positives is not None:
             products = positives.products(problem, backend)  # (N,) float64
             mean = _logits(products, problem)
@@ -142,17 +142,17 @@ class _LogSumExp(torch.autograd.Function):
         s = ops.sweep(problem, need_cols=need_cols, keep=keep, backend=backend, group=pairs.group)
         if positives is not None and keep and ctx.needs_input_grad[2]:  # products serve the gradient of the scale alone
             products = positives.in_tiles(problem, products, s.deviation, backend)
+
         col_parts = None if s.col is None else s.col.parts
         # What was found out is kept here and not in `pairs`: torch.compile would lose it (torch 2.7).
         found = () if pairs.labels is None else (positives.number, positives.slot, positives.ordered, positives.inverse)
         ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.parts, col_parts, products, s.kept, *found)
         ctx.pairs, ctx.backend = pairs, backend
         ctx.set_materialize_grads(False)
-        row, col = s.row.value(), None if s.col is None else s.col.value()[0]
-        if positives is None:
-            return row[0], col, None, None, None
+
+        row = s.row.value()  # (K, N) float64
         if pairs.labels is None:
-            return row[0], col, mean, None, None
+            return row[0], None if s.col is None else s.col.value()[0], mean, None, None
         # The mean logit by way of its deviation in the tiles: there its error is that of the logits in row_pos, and cancels.
         gap = row[1] - (problem.center + s.deviation * positives.inverse)
         alone = positives.inverse == 0
@@ -171,10 +171,14 @@ class _LogSumExp(torch.autograd.Function):
         if d_row is None and col is not None:  # nothing has used the rows: as if they had no pairs, since 0 exp(NaN) is not 0
             row = LogSumExp.of_no_pair(problem, len(x))
         d_row, d_pos = (_or_zeros(d, row) for d in (d_row, d_pos))
+
         about, beside = None, 0.0
         if ctx.needs_input_grad[2]:
             about = _mean_product(problem, products, positives, ctx.pairs.group)
-            beside = _beside_the_tiles(about, (d_row, row), (d_col, col), d_pos, products)
+            if positives is None:
+                beside = about.double() * _sum_of_g((d_row, row), (d_col, col))
+            else:
+                beside = torch.dot(d_pos, products - about)
         if ctx.pairs.labels is not None:
             c = _softmax_with_labels(d_row, d_pos, _or_zeros(d_gap, row), row, positives, about)
         else:
@@ -201,19 +205,13 @@ def _logits(products: Tensor, p: Problem) -> Tensor:
     return logits if p.row_bias is None else logits + p.row_bias
 
 
-def _beside_the_tiles(about: Tensor, row: tuple, col: tuple, d_pos: Tensor, products: Tensor | None) -> Tensor:
-    """The part of d(logit_scale) outside the tiles, float64; theirs is sum_ij G_ij (<x_i, y_j> - about).
+def _sum_of_g(*sides: tuple[Tensor | None, LogSumExp | None]) -> Tensor:
+    """(), float64, of upstream gradients and log-sum-exps of rows and of columns: each softmax sums to 1, or has no pairs.
 
-    It is that of the positives, about the same product, and what subtracting `about` from every product has removed: nothing
-    where there are positives, which pull one way what negatives pull the other, since a loss is of differences of the two.
+    About another product than 0, the tiles miss that times this in d(logit_scale). With positives it is 0 but for theirs: a loss
+    is of differences between negatives and positives.
     """
-    if products is not None:
-        return torch.dot(d_pos, products - about)
-    total = 0.0
-    for d, lse in (row, col):
-        if d is not None:  # each exp(s - lse) sums to 1, or there is none
-            total = total + d.masked_fill(lse.top[0] == -torch.inf, 0.0).sum()
-    return about.double() * total
+    return sum(d.masked_fill(lse.top[0] == -torch.inf, 0.0).sum() for d, lse in sides if d is not None)
 
 
 def _softmax_with_labels(
@@ -235,6 +233,7 @@ def _softmax_with_labels(
 def _mean_product(p: Problem, products: Tensor | None, positives: Partner | SameLabel | None, group: str) -> Tensor:
     """The mean of <x_i, y_j>, of all ranks, (1,) statistic dtype: over the positives or, where there are none, over all pairs.
 
+    d(logit_scale) = sum_ij G_ij (<x_i, y_j> - about) + about sum_ij G_ij: about this product, little is left to cancel.
     At convergence G is left of positives alone. Those of a row cancel but for the last bits of exp, if it errs to one side:
     these count by how far a product is from the mean.
     """
@@ -268,15 +267,15 @@ class _SoftplusSum(torch.autograd.Function):
         products = positives.products(problem, backend)
         log_p = torch.nn.functional.logsigmoid(_logits(products, problem))  # the loss of a positive is -log_p
         d_pos = torch.expm1(log_p)
-        cut_off = positives.cut_off(problem, products, backend)
+        tile_ratio = positives.tile_ratio(problem, products, backend)
         if per_row:
-            ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos, cut_off)
+            ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos, tile_ratio)
             where = dict(keep=keep, backend=backend, group=pairs.group)
-            return ops.sweep_softplus(problem, tile_scale=_tile_scale(problem, cut_off), **where) - log_p
+            return ops.sweep_softplus(problem, tile_scale=_tile_scale(problem, tile_ratio), **where) - log_p
         c, needs = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype)), _needs(*ctx.needs_input_grad[:4])
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
         beside = torch.dot(d_pos, products)
-        where = dict(backend=backend, group=pairs.group, cut_off=cut_off)
+        where = dict(backend=backend, group=pairs.group, tile_ratio=tile_ratio)
         g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=problem.stat_dtype, beside=beside, **where)
         ctx.save_for_backward(g.dx, g.dy, g.d_scale, g.g_rows)
         return (g.row_sum - log_p).sum()
@@ -285,12 +284,12 @@ class _SoftplusSum(torch.autograd.Function):
     def backward(ctx, upstream):
         _first_order_only()
         if ctx.per_row:
-            x, y, logit_scale, row_bias, products, d_pos, cut_off = ctx.saved_tensors
+            x, y, logit_scale, row_bias, products, d_pos, tile_ratio = ctx.saved_tensors
             positives = ctx.pairs.positives()
             problem = _problem(x, y, logit_scale, row_bias, None, ctx.pairs, positives)
             c, d_pos = Sigmoid(upstream.to(problem.stat_dtype)), d_pos * upstream
             needs, beside = _needs(*ctx.needs_input_grad[:4]), torch.dot(d_pos, products)
-            where = dict(backend=ctx.backend, group=ctx.pairs.group, cut_off=cut_off)
+            where = dict(backend=ctx.backend, group=ctx.pairs.group, tile_ratio=tile_ratio)
             g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=ctx.dtype, beside=beside, **where)
             return g.dx, g.dy, g.d_scale, g.g_rows, None, None, None, None, None
         # The gradient of a column has come from the rows of all ranks already, each with an upstream gradient of 1.
@@ -313,10 +312,10 @@ def _of_all_pairs(
     backend: str,
     group: str,
     kept: Tensor | None = None,
-    cut_off: Tensor | None = None,  # (1,) float64: of the products of tiles, if it is to be made up for
+    tile_ratio: Tensor | None = None,  # (1,) float64: of the products of tiles, if it is to be made up for
 ) -> Grads:
     """The gradients of the tiles and of the positives beside them: as leaves receive them, d_scale (1,) statistic dtype."""
-    g = ops.grad(p, c, needs, tile_scale=_tile_scale(p, cut_off), kept=kept, backend=backend, group=group)
+    g = ops.grad(p, c, needs, tile_scale=_tile_scale(p, tile_ratio), kept=kept, backend=backend, group=group)
     dx, dy, d_row_bias = g.dx, g.dy, g.g_rows
     if positives is None:
         dx, dy = (None if d is None else ops.finish(d, None, None, 0, p.logit_scale, dtype, backend=backend) for d in (dx, dy))
@@ -326,11 +325,11 @@ def _of_all_pairs(
         d_row_bias = d_row_bias + d_pos if needs.row_bias else None
     d_scale = None
     if needs.scale:
-        of_tiles = g.d_scale.reshape(1) if cut_off is None else g.d_scale / cut_off
+        of_tiles = g.d_scale.reshape(1) if tile_ratio is None else g.d_scale / tile_ratio
         d_scale = torch.add(of_tiles, beside, out=torch.empty_like(p.logit_scale))  # rounds
     return replace(g, dx=dx, dy=dy, g_rows=d_row_bias, d_scale=d_scale)
 
 
-def _tile_scale(p: Problem, cut_off: Tensor | None) -> Tensor | None:
+def _tile_scale(p: Problem, tile_ratio: Tensor | None) -> Tensor | None:
     """The scale of p, larger by what is missing in the products of tiles."""
-    return None if cut_off is None else torch.div(p.logit_scale, cut_off, out=torch.empty_like(p.logit_scale))
+    return None if tile_ratio is None else torch.div(p.logit_scale, tile_ratio, out=torch.empty_like(p.logit_scale))

@@ -3,7 +3,7 @@
     flashcl::sweep, flashcl::sweep_softplus    statistics of a block of logits
     flashcl::grad                              its gradients, given the coefficients of G
     flashcl::partner_products, flashcl::finish what is O(N D) about a positive that each row has, forward and backward
-    flashcl::cut_off                           the factor by which such products are smaller in the tiles
+    flashcl::tile_ratio                        by how much tiles have such products smaller than they are
 
 With a group (ranks.py) the block is this rank's share of the world's, and no graph is being made (losses/common.py); without
 one, group is "".
@@ -96,9 +96,9 @@ def partner_products(x: Tensor, y: Tensor, shift: int, *, backend: str) -> Tenso
     return _partner_products(x, y, shift, backend)
 
 
-def cut_off(x: Tensor, y: Tensor, products: Tensor, shift: int, *, backend: str) -> Tensor:
-    """The factor by which `products` (partner_products of the same) are smaller in tiles, (1,) float64: one for all of them."""
-    return _cut_off(x, y, products, shift, backend)
+def tile_ratio(x: Tensor, y: Tensor, products: Tensor, shift: int, *, backend: str) -> Tensor:
+    """Products as tiles have them, relative to the exact `products` (partner_products of the same): (1,) float64, about 1."""
+    return _tile_ratio(x, y, products, shift, backend)
 
 
 def finish(
@@ -127,14 +127,14 @@ def _partner_products(x: Tensor, y: Tensor, shift: int, backend: str) -> Tensor:
     return dispatch.load(backend).partner_products(x, y, shift % max(len(y), 1))
 
 
-@operator("cut_off", fake=lambda x, y, products, shift, backend: products.new_empty(1))
-def _cut_off(x: Tensor, y: Tensor, products: Tensor, shift: int, backend: str) -> Tensor:
+@operator("tile_ratio", fake=lambda x, y, products, shift, backend: products.new_empty(1))
+def _tile_ratio(x: Tensor, y: Tensor, products: Tensor, shift: int, backend: str) -> Tensor:
     found = dispatch.load(backend).products_in_tiles(x, y, shift % len(y)) if len(x) and len(y) else None
     if found is None:
         return torch.ones(1, dtype=products.dtype, device=products.device)
     rows, in_tiles = found
     products = products[rows]
-    # Of each product the same share, as far as products are sums of the same sign: the slope of a line through them.
+    # Cutting off makes every product smaller by about the same share: the slope of the line through 0 that fits them best.
     slope = torch.dot(in_tiles, products).div_(torch.dot(products, products))
     return slope.nan_to_num_(1.0, 1.0, 1.0).reshape(1)  # of nothing but zeros, or of what is not finite
 

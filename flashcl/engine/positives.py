@@ -26,19 +26,19 @@ from flashcl.engine.problem import Problem
 
 @dataclass(frozen=True)
 class Partner:
-    """One positive per row i: the column (i + shift) mod M of this rank. Of a triangular problem i is that of its partner."""
+    """One positive per row i: the column (i + shift) mod M of this rank. In a triangular problem partners have each other."""
 
     shift: int
 
     def products(self, p: Problem, backend: str) -> Tensor:
         return ops.partner_products(p.x, p.y, self.shift, backend=backend)
 
-    def cut_off(self, p: Problem, products: Tensor, backend: str) -> Tensor:
-        """The factor by which products are smaller in tiles, (1,) float64."""
-        return ops.cut_off(p.x, p.y, products, self.shift, backend=backend)
+    def tile_ratio(self, p: Problem, products: Tensor, backend: str) -> Tensor:
+        """Products as tiles have them, relative to what they are: (1,) float64, about 1."""
+        return ops.tile_ratio(p.x, p.y, products, self.shift, backend=backend)
 
     def in_tiles(self, p: Problem, products: Tensor, deviation: None, backend: str) -> Tensor:
-        return products * self.cut_off(p, products, backend)
+        return products * self.tile_ratio(p, products, backend)
 
     def finish(
         self, p: Problem, dx: Tensor | None, dy: Tensor | None, weight: Tensor, dtype: torch.dtype, backend: str

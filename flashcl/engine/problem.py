@@ -9,9 +9,9 @@ negative (class 0) or positive (class 1). Every backend holds the same programs 
     different   rows = (id,), cols = (id,): pairs with equal ids are dropped, all others are negatives
     by_label    rows = (id, label), cols = (id, label): equal ids are dropped, other pairs with equal labels are positives
 
-A backend is a module with the functions of `Backend`, below. A block is all that it knows: which block of y that is, and on
-which rank its rows live, is in the ids it is given. Statistics of several blocks merge by logaddexp, and `grad` takes the merged
-ones, so that one block is like the whole.
+A backend is a module with the functions of `Backend`, below. It sees one block, whose place among all rows of all ranks is in
+the ids alone. Statistics of several blocks merge by logaddexp, and `grad` takes the merged ones, so that one block is like the
+whole.
 """
 
 from __future__ import annotations
