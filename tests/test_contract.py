@@ -122,6 +122,34 @@ def test_normalize_takes_gradients_that_are_not_rounded(dtype, loss, regime):
     assert violations(case(loss, regime, n=64, d=128, normalize=True), dtype) == []
 
 
+class _Rounded(torch.autograd.Function):
+    """Rounded to bfloat16; the gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.to(BF16).double()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return upstream
+
+
+@pytest.mark.parametrize("regime", ["init", "converged", "cone", "collapsed", "duplicates"])
+@pytest.mark.parametrize("loss", [loss for loss in LOSSES if not loss.startswith("logsumexp")])
+def test_normalize_is_as_good_as_rounded_unit_vectors_are(loss, regime):
+    """Beside float64 with unit vectors that are rounded in the same place: all else is within the bound on a gradient."""
+    c = case(loss, regime, n=64, d=128).to(BF16)
+    names = [name for name, v in c.tensors.items() if v.dim() == 2]
+    ours = {name: v.clone().requires_grad_() for name, v in c.tensors.items()}
+    getattr(flashcl, c.function)(**ours, **c.options, normalize=True).backward()
+    exact = {name: v.double().requires_grad_() for name, v in c.tensors.items()}
+    unit = {name: _Rounded.apply(F.normalize(exact[name], dim=1)) for name in names}
+    getattr(reference, c.function)(**(exact | unit), **c.options).backward()
+    for name in names:
+        error = (ours[name].grad.double() - exact[name].grad).norm() / exact[name].grad.norm()
+        assert error < 1e-2, (name, error)
+
+
 @pytest.mark.parametrize("backend, dtype", EVERY)
 def test_normalize_of_great_lengths(backend, dtype):
     c = case("info_nce", "init", normalize=True, reduction="sum")  # of a mean the gradients would be below float16
