@@ -234,9 +234,9 @@ def _ids(vectors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return ()
     id, *label = map(_pad, vectors)
     tiles = id.unflatten(0, (-1, _C.TILE))
-    range = id.new_empty(len(tiles), 2)
-    torch.aminmax(tiles, dim=1, out=(range[:, 0], range[:, 1]))
-    return id, range, *label
+    ranges = id.new_empty(len(tiles), 2)
+    torch.aminmax(tiles, dim=1, out=(ranges[:, 0], ranges[:, 1]))
+    return id, ranges, *label
 
 
 def _pad(v: Tensor) -> Tensor:
