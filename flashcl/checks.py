@@ -64,10 +64,9 @@ def number(name: str, value: float) -> float:
 
 
 def _constant(value: float, x: Tensor) -> Tensor:
-    like = dict(dtype=statistic_dtype(x), device=x.device)
     if torch.compiler.is_compiling():  # `full` would make the number a constant of the graph, and the next one another graph
-        return torch.zeros((), **like) + value
-    return torch.full((), value, **like)
+        return torch.zeros((), dtype=torch.float64, device=x.device) + value
+    return torch.full((), value, dtype=statistic_dtype(x), device=x.device)
 
 
 def logit_scale(x: Tensor, *, temperature: float | Tensor | None, logit_scale: float | Tensor | None) -> Tensor:
@@ -86,7 +85,8 @@ def inverse_temperature(temperature: float | Tensor, x: Tensor) -> Tensor:
     value = number("temperature", temperature)
     if not value > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    return _constant(1 / value, x)
+    # Before it is rounded, either way. PyTorch 2.11 makes a constant of a number in 1 / number.
+    return _constant(value, x).reciprocal() if torch.compiler.is_compiling() else _constant(1 / value, x)
 
 
 def wide(value: Tensor, x: Tensor) -> Tensor:
