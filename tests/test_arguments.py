@@ -73,6 +73,7 @@ def test_embeddings_must_be_matrices_of_floats(function, name):
             function(**{name: X.to(dtype)})
 
 
+@pytest.mark.filterwarnings("ignore:.*(nested|Sparse CSR):UserWarning")  # which PyTorch calls prototypes
 @pytest.mark.parametrize("function, name", EMBEDDINGS, ids=named)
 def test_embeddings_must_be_dense(function, name):
     nested = torch.nested.nested_tensor([X[0], X[1]])
