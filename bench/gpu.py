@@ -29,9 +29,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
-KERNELS_IN = {"cuda": "csrc", "triton": "triton_kernels"}
 SOURCES = ("flashcl", "triton_kernels", "csrc", "tests", "bench/small_shapes.py", "setup.py", "pyproject.toml")
-KERNELS = ("cuda", "triton")
+KERNELS = {"cuda": "csrc", "triton": "triton_kernels"}  # backend: where its kernels are
 WATCHED = [  # by the sanitizer; float16 takes the ways of bfloat16
     f"{kernels} {check}"
     for kernels in ("cuda bfloat16", "triton bfloat16", "triton float32")
@@ -270,7 +269,7 @@ class Check:
         if "PASSED" not in mine.values() or set(mine.values()) - {"PASSED", "SKIPPED"} or not all(clean):
             return []
         path = self.out / f"verified-{backend}-{self.environment['arch']}.json"
-        kernels = digest_of(KERNELS_IN[backend])
+        kernels = digest_of(KERNELS[backend])
         record = dict(environment=self.environment, kernels=kernels, tests=mine, sanitizer=self.state["sanitizer"])
         path.write_text(json.dumps(record, indent=1) + "\n")
         return [f"verified: {path.name} (dispatch.VERIFIED may name it)"]

@@ -301,7 +301,7 @@ def test_a_verified_generation_stands_on_a_file(backend, generation):
     assert record["environment"]["arch"] == arch
     assert set(record["tests"].values()) <= {"PASSED", "SKIPPED"} and "PASSED" in record["tests"].values()
     assert {record["sanitizer"][name] for name in gpu.WATCHED if name.startswith(backend)} == {"clean"}
-    assert record["kernels"] == gpu.digest_of(gpu.KERNELS_IN[backend])
+    assert record["kernels"] == gpu.digest_of(gpu.KERNELS[backend])
 
 
 def test_the_summary_has_a_line_for_each_workload(tmp_path):

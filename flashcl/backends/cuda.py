@@ -177,9 +177,9 @@ def _launch(block, row: tiled.Side, col: tiled.Side | None, sums: tiled.TileSums
     if sums.softplus is not None:
         _C.sigmoid(block, row.weight, sums.softplus, **of_g)
         return
-    sides = dict(row_weight=row.weight, row_lse=row.lse, row_offset=row.offset)
+    sides = dict(row_weight=row.weight, row_lse=row.top, row_offset=row.offset)
     if col is not None:
-        sides |= dict(col_weight=col.weight, col_lse=col.lse, col_offset=col.offset)
+        sides |= dict(col_weight=col.weight, col_lse=col.top, col_offset=col.offset)
     _C.grad(block, **sides, **of_g, about=about)
 
 

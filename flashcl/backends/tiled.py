@@ -146,7 +146,7 @@ class Side(NamedTuple):
     """The coefficients of G along the rows, or along the columns; n is rounded up to whole tiles."""
 
     weight: Tensor  # (K, n); (n,) with Sigmoid coefficients
-    lse: Tensor | None = None  # (K, n); None with Sigmoid coefficients
+    top: Tensor | None = None  # (K, n); None with Sigmoid coefficients
     offset: Tensor | None = None  # (n,)
 
     def at(self, lines: slice) -> Side:
@@ -201,7 +201,7 @@ class TileSums(NamedTuple):
     g_rows: Tensor | None  # (tiles_m, n): of G
     g_cols: Tensor | None  # (tiles_n, m)
     softplus: Tensor | None  # (tiles_m, n): of weight softplus(s)
-    scaled: Tensor | None  # (any): of G_ij (<x_i, y_j> - about)
+    scaled: Tensor | None  # of any shape: of G_ij (<x_i, y_j> - about)
 
 
 def grad(

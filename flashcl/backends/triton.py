@@ -195,8 +195,8 @@ def _grad_entry(p: Problem, c: Softmax | Sigmoid, need_scale: bool) -> str:
 
 def _side(side: tiled.Side, dtype: torch.dtype) -> Side:
     """Coefficients as the kernel takes them."""
-    weight, lse, offset = side
-    return Side(weight, lse, 0 if lse is None else weight.stride(0), offset, 1 if dtype == torch.float32 else None)
+    weight, top, offset = side
+    return Side(weight, top, 0 if top is None else weight.stride(0), offset, 1 if dtype == torch.float32 else None)
 
 
 # ---- blocks --------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flashcl import checks
 from flashcl.engine import ops
 from flashcl.engine.positives import Partner, SameLabel
 from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax
@@ -109,7 +110,7 @@ def _rounded(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[torch.dty
 
 
 def _statistic_dtype(x: Tensor, logit_scale: Tensor, *biases: Tensor | None) -> list[Tensor | None]:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = checks.statistic_dtype(x)
     return [logit_scale.to(x.device, dtype).reshape(1), *(None if b is None else b.to(dtype) for b in biases)]
 
 
@@ -239,7 +240,7 @@ def _mean_product(p: Problem, products: Tensor | None, positives: Partner | Same
     """
     if products is None:
         return _mean_of_all_pairs(p, group)
-    if isinstance(positives, Partner) and not group:
+    if isinstance(positives, Partner) and not group:  # every row has one: a single launch
         return products.mean(0, keepdim=True, dtype=p.stat_dtype)
     some = positives.inverse != 0 if isinstance(positives, SameLabel) else torch.ones_like(products, dtype=torch.bool)
     total, count = ops.sum_over_ranks(torch.stack([products.masked_fill(~some, 0.0).sum(), some.sum()]), group)

@@ -3,7 +3,7 @@
     flashcl::sweep, flashcl::sweep_softplus    statistics of a block of logits
     flashcl::grad                              its gradients, given the coefficients of G
     flashcl::partner_products, flashcl::finish what is O(N D) about a positive that each row has, forward and backward
-    flashcl::tile_ratio                        by how much tiles have such products smaller than they are
+    flashcl::tile_ratio                        such products as tiles have them, relative to what they are
 
 With a group (ranks.py) the block is this rank's share of the world's, and no graph is being made (losses/common.py); without
 one, group is "".

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashcl.checks import computed_dtype, wide
+from flashcl.checks import computed_dtype, one_of, wide
 from flashcl.engine import dispatch, ops
 from flashcl.engine.ranks import Group
 
@@ -39,6 +39,7 @@ def prepare(normalize: bool, group: Group | None, *embeddings: Tensor) -> list[T
 
     Under the convention "global" their gradients are divided by the number of ranks.
     """
+    one_of("normalize", normalize, (True, False))
     if group is not None and group.convention == "global":
         embeddings = [_ScaleGradient.apply(x, 1 / group.process_group.size()) for x in embeddings]
     if normalize:  # in float32 at least: a norm may be beyond float16, and its square is

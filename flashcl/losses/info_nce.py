@@ -48,7 +48,6 @@ def info_nce(
     """
     checks.embeddings(group, x=x, y=y)
     checks.one_of("reduction", reduction, REDUCTIONS)
-    checks.one_of("normalize", normalize, (True, False))
     checks.one_of("symmetric", symmetric, (True, False))
     group = Group.of(group, reduction)
     if symmetric:

@@ -45,7 +45,6 @@ def nt_xent(
     checks.embeddings(group, z1=z1, z2=z2)
     checks.same_rows("z1", z1, "z2", z2, "they are views of the same items")
     checks.one_of("reduction", reduction, REDUCTIONS)
-    checks.one_of("normalize", normalize, (True, False))
     group = Group.of(group, reduction)
     scale = parameter(checks.inverse_temperature(temperature, z1), group)
     at = computed(z1, backend)

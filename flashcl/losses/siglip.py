@@ -45,7 +45,6 @@ def siglip(
     checks.embeddings(group, x=x, y=y)
     checks.same_rows("x", x, "y", y, "each row has one positive")
     checks.one_of("reduction", reduction, REDUCTIONS)
-    checks.one_of("normalize", normalize, (True, False))
     group = Group.of(group, reduction)
     scale = parameter(checks.scalar("logit_scale", logit_scale, x), group)
     bias = parameter(checks.wide(checks.scalar("logit_bias", logit_bias, x), x), group)

@@ -59,10 +59,11 @@ def similarity_logsumexp(
     if axis == "cols":  # the columns of S are the rows of its transpose
         x, y, row_bias, col_bias = y, x, col_bias, row_bias
 
-    pairs = Pairs(group=Group.name(group, axis=axis))
+    name = Group.name(group, axis=axis)
+    pairs = Pairs(group=name)
     if exclude == "diagonal":
         row_id, col_id = (torch.arange(len(v), dtype=torch.int32, device=x.device) for v in (x, y))
-        pairs = Pairs("different", (row_id,), (col_id,), group=Group.name(group, axis=axis))
+        pairs = Pairs("different", (row_id,), (col_id,), group=name)
     s = log_sum_exp(x, y, scale, row_bias, col_bias, pairs, need_cols=axis == "both", **at)
     row = checks.wide(s.row_neg, x)
     return (row, checks.wide(s.col_neg, x)) if axis == "both" else row

@@ -47,7 +47,6 @@ def sup_con(
     checks.embeddings(group, z=z)
     checks.labels(labels, len(z), z)
     checks.one_of("reduction", reduction, REDUCTIONS)
-    checks.one_of("normalize", normalize, (True, False))
     group = Group.of(group, reduction)
     scale = parameter(checks.inverse_temperature(temperature, z), group)
     at = computed(z, backend)
