@@ -236,8 +236,9 @@ class _Running:
         self.total = torch.zeros(p.classes, n, dtype=torch.float64, device=p.x.device)  # sum of exp(s - top)
 
     def add(self, k: int, block: slice, parts: list[tuple[Tensor, Tensor]], *, first: bool) -> None:
-        so_far = [] if first else [(self.top[k, block], self.total[k, block])]
-        self.top[k, block], self.total[k, block] = _fold([*so_far, *parts])
+        parts = parts if first else [(self.top[k, block], self.total[k, block]), *parts]
+        if parts:  # none where there are no columns
+            self.top[k, block], self.total[k, block] = _fold(parts)
 
     def result(self) -> LogSumExp:
         return LogSumExp.of(self.top, self.total.log_().to(self.top.dtype))
