@@ -1,4 +1,4 @@
-"""A backend's sweep and grad beside the formulas of engine/problem.py, dense and in float64: on a GPU, on a simulated one, on the CPU."""
+"""A backend's sweep and grad beside the formulas of engine/problem.py in dense float64: on a GPU, a simulated one, or the CPU."""
 
 import dataclasses
 import math
@@ -151,7 +151,8 @@ def assert_sweeps(backend, p, *, need_cols=True, tolerance=2e-6, **options):
     return got
 
 
-ROUNDED = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}  # what it does to dx that G is, of the largest element
+# What rounding G does to dx and dy, relative to their largest element.
+ROUNDED = {torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 1.5e-3}
 
 
 def assert_grads(backend, p, c, *, need_bias=False, tolerance=None, **options):

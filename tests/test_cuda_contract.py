@@ -68,7 +68,7 @@ def test_what_tiles_cut_off_of_products_is_measured(N, shift, step):
     """ops.tile_ratio: on average, of the partners on the right, and of every step-th row where there are many."""
     x, y = (1 + 0.3 * torch.randn(N, 512, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     x, y = x.half(), y.half()
-    got = ops.tile_ratio(x, y, backend.partner_products(x, y, shift), shift, backend="cuda")
+    got = ops.tile_ratio(x, y, backend.partner_products(x, y, shift), shift, "cuda")
     u, v = (w.double().numpy() for w in (x[: N - shift : step], y[shift::step]))
     exact, in_tiles = (torch.from_numpy(u) * torch.from_numpy(v)).sum(1), cut_off_sum(u, v)
     expected = (in_tiles / exact).mean()
@@ -81,7 +81,7 @@ def test_nothing_is_cut_off_where_there_is_nothing():
     x[2] = torch.inf
     for rows in range(4):
         products = backend.partner_products(x[:rows], x, 0)
-        assert ops.tile_ratio(x[:rows], x, products, 0, backend="cuda").item() == 1.0
+        assert ops.tile_ratio(x[:rows], x, products, 0, "cuda").item() == 1.0
 
 
 @pytest.mark.parametrize("loss", ["info_nce", "sup_con"])

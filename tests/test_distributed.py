@@ -223,7 +223,7 @@ def explained(rank, world) -> list[str]:
         text = flashcl.explain(torch.zeros(8, D), group=group)
         if f"{world} ranks, {strategy}: the rows of all ranks" not in text:
             wrong.append(text)
-        taken = type(exchange(Ranks(group.encode(), torch.device("cpu"), "a test", {}, ()), torch.zeros(8, D), [8] * world, None))
+        taken = type(exchange(Ranks(group.encode(), torch.device("cpu"), "a test"), torch.zeros(8, D), [8] * world, None))
         if taken.__name__.lower() != strategy:
             wrong.append(f"{taken} is not {strategy}")
     asked = flashcl.explain(torch.zeros(8, D), group=world_group("ring"))
@@ -425,7 +425,7 @@ def count_sent_bytes() -> Counter:
     volumes = {
         "start_all_gather": lambda ranks, out, x, *_: (ranks.size - 1) * size(x),
         "start_reduce_scatter": lambda ranks, out, x, *_: (ranks.size - 1) * size(out),
-        "all_reduce_": lambda ranks, x, *_: 2 * (ranks.size - 1) / ranks.size * size(x),
+        "_reduce_": lambda ranks, x, *_: 2 * (ranks.size - 1) / ranks.size * size(x),
         "start_exchange": lambda ranks, sends, *_: sum(size(t) for _, t in sends),
     }
     for name, volume in volumes.items():

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from flashcl import checks
-from flashcl.engine import ops
+from flashcl.engine import distributed, ops
+from flashcl.engine.dispatch import Execution
 from flashcl.engine.positives import Partner, SameLabel
 from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax
 
@@ -30,12 +31,11 @@ class Pairs:
     cols: tuple[Tensor, ...] = ()  # (M,) each
     partner: int | None = None  # the one positive of row i is the column (i + partner) mod M, which the program drops
     labels: Tensor | None = None  # (N,) int64: rows of one label are positives; program "by_label", S symmetric
-    group: str = ""  # of ranks that hold other rows and columns (ranks.py); "": none
 
-    def positives(self, found: Sequence[Tensor] = ()) -> Partner | SameLabel | None:
+    def positives(self, how: Execution, found: Sequence[Tensor] = ()) -> Partner | SameLabel | None:
         """found: what the positives of the forward found out about labels."""
         if self.labels is not None:
-            return SameLabel(self.group, *found) if found else SameLabel.of(self.labels, self.group)
+            return SameLabel(how.group, *found) if found else SameLabel.of(self.labels, how.group)
         return None if self.partner is None else Partner(self.partner)
 
 
@@ -61,14 +61,13 @@ def log_sum_exp(
     row_bias: Tensor | None,  # (N,)
     col_bias: Tensor | None,  # (M,)
     pairs: Pairs,
+    how: Execution,
     *,
     need_cols: bool,
-    dtype: torch.dtype,  # what x and y are rounded to: their gradients are those of the rounded ones, in the dtype of x and y
-    backend: str,
 ) -> LogMasses:
     y, col_bias = _another(y, x), _another(col_bias, row_bias)
     tensors = x, y, *_statistic_dtype(x, logit_scale, row_bias, col_bias)
-    return LogMasses(*_LogSumExp.apply(*tensors, pairs, need_cols, _backward_follows(*tensors), dtype, backend))
+    return LogMasses(*_LogSumExp.apply(*tensors, pairs, how, need_cols, _backward_follows(*tensors)))
 
 
 def softplus_sum(
@@ -77,15 +76,14 @@ def softplus_sum(
     logit_scale: Tensor,  # one element
     row_bias: Tensor | None,  # (N,)
     pairs: Pairs,
+    how: Execution,
     *,
     per_row: bool,
-    dtype: torch.dtype,  # as of log_sum_exp
-    backend: str,
 ) -> Tensor:
     """(N,) float64 or, not per_row, their sum: then gradients are made in the forward sweep, and backward only scales them."""
     y, (logit_scale, row_bias) = _another(y, x), _statistic_dtype(x, logit_scale, row_bias)
     backward = _backward_follows(x, y, logit_scale, row_bias)
-    loss = _SoftplusSum.apply(x, y, logit_scale, row_bias, pairs, per_row or not backward, backward, dtype, backend)
+    loss = _SoftplusSum.apply(x, y, logit_scale, row_bias, pairs, how, per_row or not backward, backward)
     return loss if per_row or not loss.dim() else loss.sum()
 
 
@@ -130,25 +128,25 @@ def _first_order_only() -> None:
 
 class _LogSumExp(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, logit_scale, row_bias, col_bias, pairs: Pairs, need_cols: bool, keep: bool, dtype, backend: str):
-        ctx.dtype, x, y = _rounded(x, y, dtype)
-        positives = pairs.positives()
+    def forward(ctx, x, y, logit_scale, row_bias, col_bias, pairs: Pairs, how: Execution, need_cols: bool, keep: bool):
+        ctx.dtype, x, y = _rounded(x, y, how.dtype)
+        positives = pairs.positives(how)
         problem = _problem(x, y, logit_scale, row_bias, col_bias, pairs, positives)
         products = mean = None
         if positives is not None:
-            products = positives.products(problem, backend)  # (N,) float64
+            products = positives.products(problem, how.backend)  # (N,) float64
             mean = _logits(products, problem)
         if pairs.labels is not None:
             problem = replace(problem, center=mean.to(problem.stat_dtype))
-        s = ops.sweep(problem, need_cols=need_cols, keep=keep, backend=backend, group=pairs.group)
+        s = ops.sweep(problem, how, need_cols=need_cols, keep=keep)
         if positives is not None and keep and ctx.needs_input_grad[2]:  # products serve the gradient of the scale alone
-            products = positives.in_tiles(problem, products, s.deviation, backend)
+            products = positives.in_tiles(problem, products, s.deviation, how.backend)
 
         col_parts = None if s.col is None else s.col.parts
         # What was found out is kept here and not in `pairs`: torch.compile would lose it (torch 2.7).
         found = () if pairs.labels is None else (positives.number, positives.slot, positives.ordered, positives.inverse)
         ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.parts, col_parts, products, s.kept, *found)
-        ctx.pairs, ctx.backend = pairs, backend
+        ctx.pairs, ctx.how = pairs, how
         ctx.set_materialize_grads(False)
 
         row = s.row.value()  # (K, N) float64
@@ -164,31 +162,30 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx, d_row, d_col, d_pos, d_gap, _):
         _first_order_only()
         x, y, logit_scale, row_bias, col_bias, row_parts, col_parts, products, kept, *found = ctx.saved_tensors
-        positives = ctx.pairs.positives(found)
+        positives = ctx.pairs.positives(ctx.how, found)
         problem = _problem(x, y, logit_scale, row_bias, col_bias, ctx.pairs, positives)
-        if ctx.pairs.group and col_parts is not None and d_col is None:  # another rank may use its columns
+        if ctx.how.group and col_parts is not None and d_col is None:  # another rank may use its columns
             d_col = torch.zeros_like(LogSumExp(col_parts).top[0], dtype=torch.float64)
         row, col = LogSumExp(row_parts), None if d_col is None else LogSumExp(col_parts)
         if d_row is None and col is not None:  # nothing has used the rows: as if they had no pairs, since 0 exp(NaN) is not 0
             row = LogSumExp.of_no_pair(problem, len(x))
         d_row, d_pos = (_or_zeros(d, row) for d in (d_row, d_pos))
 
-        about, beside = None, 0.0
+        about, d_scale_beside = None, 0.0
         if ctx.needs_input_grad[2]:
-            about = _mean_product(problem, products, positives, ctx.pairs.group)
+            about = _mean_product(problem, products, positives, ctx.how.group)
             if positives is None:
-                beside = about.double() * _sum_of_g((d_row, row), (d_col, col))
+                d_scale_beside = about.double() * _sum_of_g((d_row, row), (d_col, col))
             else:
-                beside = torch.dot(d_pos, products - about)
+                d_scale_beside = torch.dot(d_pos, products - about)
         if ctx.pairs.labels is not None:
             c = _softmax_with_labels(d_row, d_pos, _or_zeros(d_gap, row), row, positives, about)
         else:
             of_cols = () if col is None else (col.of_top(d_col[None]), col.top)
             c = Softmax(row.of_top(d_row[None]), row.top, *of_cols, about=about)
         needs = _needs(*ctx.needs_input_grad[:5])
-        where = dict(backend=ctx.backend, group=ctx.pairs.group)
-        g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=ctx.dtype, beside=beside, kept=kept, **where)
-        return g.dx, g.dy, g.d_scale, g.g_rows, g.g_cols, None, None, None, None, None
+        g = _of_all_pairs(problem, c, positives, d_pos, needs, ctx.how, dtype=ctx.dtype, d_scale_beside=d_scale_beside, kept=kept)
+        return g.dx, g.dy, g.d_scale, g.g_rows, g.g_cols, None, None, None, None
 
 
 def _needs(x: bool, y: bool, scale: bool, row_bias: bool, col_bias: bool = False) -> Needs:
@@ -243,7 +240,7 @@ def _mean_product(p: Problem, products: Tensor | None, positives: Partner | Same
     if isinstance(positives, Partner) and not group:  # every row has one: a single launch
         return products.mean(0, keepdim=True, dtype=p.stat_dtype)
     some = positives.inverse != 0 if isinstance(positives, SameLabel) else torch.ones_like(products, dtype=torch.bool)
-    total, count = ops.sum_over_ranks(torch.stack([products.masked_fill(~some, 0.0).sum(), some.sum()]), group)
+    total, count = distributed.sum_over_ranks(torch.stack([products.masked_fill(~some, 0.0).sum(), some.sum()]), group)
     return (total / count.clamp(min=1)).to(p.stat_dtype).reshape(1)
 
 
@@ -253,31 +250,29 @@ def _mean_of_all_pairs(p: Problem, group: str) -> Tensor:
     counts = [v.shape[0] for v in lines]
     if group:
         counts = torch.stack([torch.ones_like(v[:, :1], dtype=p.stat_dtype).sum(0) for v in lines])  # (1 or 2, 1)
-        both = ops.sum_over_ranks(torch.cat([sums, counts], 1), group)
+        both = distributed.sum_over_ranks(torch.cat([sums, counts], 1), group)
         sums, counts = both[:, :-1], both[:, -1]
     return (torch.dot(sums[0], sums[-1]) / (counts[0] * counts[-1])).reshape(1)
 
 
 class _SoftplusSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, y, logit_scale, row_bias, pairs: Pairs, per_row: bool, keep: bool, dtype, backend: str):
-        ctx.pairs, ctx.per_row, ctx.backend = pairs, per_row, backend
-        ctx.dtype, x, y = _rounded(x, y, dtype)
-        positives = pairs.positives()
+    def forward(ctx, x, y, logit_scale, row_bias, pairs: Pairs, how: Execution, per_row: bool, keep: bool):
+        ctx.pairs, ctx.how, ctx.per_row = pairs, how, per_row
+        ctx.dtype, x, y = _rounded(x, y, how.dtype)
+        positives = pairs.positives(how)
         problem = _problem(x, y, logit_scale, row_bias, None, pairs, positives)
-        products = positives.products(problem, backend)
+        products = positives.products(problem, how.backend)
         log_p = torch.nn.functional.logsigmoid(_logits(products, problem))  # the loss of a positive is -log_p
         d_pos = torch.expm1(log_p)
-        tile_ratio = positives.tile_ratio(problem, products, backend)
+        tile_ratio = positives.tile_ratio(problem, products, how.backend)
         if per_row:
             ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos, tile_ratio)
-            where = dict(keep=keep, backend=backend, group=pairs.group)
-            return ops.sweep_softplus(problem, tile_scale=_tile_scale(problem, tile_ratio), **where) - log_p
+            return ops.sweep_softplus(problem, how, tile_scale=_tile_scale(problem, tile_ratio), keep=keep) - log_p
         c, needs = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype)), _needs(*ctx.needs_input_grad[:4])
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
-        beside = torch.dot(d_pos, products)
-        where = dict(backend=backend, group=pairs.group, tile_ratio=tile_ratio)
-        g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=problem.stat_dtype, beside=beside, **where)
+        wide = dict(dtype=problem.stat_dtype, d_scale_beside=torch.dot(d_pos, products), tile_ratio=tile_ratio)
+        g = _of_all_pairs(problem, c, positives, d_pos, needs, how, **wide)
         ctx.save_for_backward(g.dx, g.dy, g.d_scale, g.g_rows)
         return (g.row_sum - log_p).sum()
 
@@ -286,19 +281,19 @@ class _SoftplusSum(torch.autograd.Function):
         _first_order_only()
         if ctx.per_row:
             x, y, logit_scale, row_bias, products, d_pos, tile_ratio = ctx.saved_tensors
-            positives = ctx.pairs.positives()
+            positives = ctx.pairs.positives(ctx.how)
             problem = _problem(x, y, logit_scale, row_bias, None, ctx.pairs, positives)
             c, d_pos = Sigmoid(upstream.to(problem.stat_dtype)), d_pos * upstream
-            needs, beside = _needs(*ctx.needs_input_grad[:4]), torch.dot(d_pos, products)
-            where = dict(backend=ctx.backend, group=ctx.pairs.group, tile_ratio=tile_ratio)
-            g = _of_all_pairs(problem, c, positives, d_pos, needs, dtype=ctx.dtype, beside=beside, **where)
-            return g.dx, g.dy, g.d_scale, g.g_rows, None, None, None, None, None
+            needs, d_scale = _needs(*ctx.needs_input_grad[:4]), torch.dot(d_pos, products)
+            rest = dict(dtype=ctx.dtype, d_scale_beside=d_scale, tile_ratio=tile_ratio)
+            g = _of_all_pairs(problem, c, positives, d_pos, needs, ctx.how, **rest)
+            return g.dx, g.dy, g.d_scale, g.g_rows, None, None, None, None
         # The gradient of a column has come from the rows of all ranks already, each with an upstream gradient of 1.
         what = 'the upstream gradient of siglip (reduction="none" lets each rank have its own)'
-        upstream = ops.same_on_all_ranks(upstream, what, ctx.pairs.group)
+        upstream = distributed.agree_on(upstream, what, ctx.how.group)
         dx, dy, d_scale, d_row_bias = (None if g is None else g * upstream for g in ctx.saved_tensors)
         dx, dy = (None if g is None else g.to(ctx.dtype) for g in (dx, dy))
-        return dx, dy, d_scale, d_row_bias, None, None, None, None, None
+        return dx, dy, d_scale, d_row_bias, None, None, None, None
 
 
 def _of_all_pairs(
@@ -307,27 +302,27 @@ def _of_all_pairs(
     positives: Partner | SameLabel | None,
     d_pos: Tensor,  # (N,) float64: what reaches the mean positive logit of each row
     needs: Needs,
+    how: Execution,
     *,
     dtype: torch.dtype,  # of dx and dy
-    beside: Tensor | float,  # what the gradient of logit_scale has beside that of the tiles
-    backend: str,
-    group: str,
+    d_scale_beside: Tensor | float,  # what the gradient of logit_scale has beside that of the tiles
     kept: Tensor | None = None,
     tile_ratio: Tensor | None = None,  # (1,) float64: of the products of tiles, if it is to be made up for
 ) -> Grads:
     """The gradients of the tiles and of the positives beside them: as leaves receive them, d_scale (1,) statistic dtype."""
-    g = ops.grad(p, c, needs, tile_scale=_tile_scale(p, tile_ratio), kept=kept, backend=backend, group=group)
+    g = ops.grad(p, c, needs, how, tile_scale=_tile_scale(p, tile_ratio), kept=kept)
     dx, dy, d_row_bias = g.dx, g.dy, g.g_rows
     if positives is None:
-        dx, dy = (None if d is None else ops.finish(d, None, None, 0, p.logit_scale, dtype, backend=backend) for d in (dx, dy))
+        alone = None, None, 0, p.logit_scale, dtype
+        dx, dy = (None if d is None else ops.finish(d, *alone, backend=how.backend) for d in (dx, dy))
     else:
         d_pos = d_pos.to(p.stat_dtype)
-        dx, dy = positives.finish(p, dx, dy, d_pos, dtype, backend)
+        dx, dy = positives.finish(p, dx, dy, d_pos, dtype, how.backend)
         d_row_bias = d_row_bias + d_pos if needs.row_bias else None
     d_scale = None
     if needs.scale:
         of_tiles = g.d_scale.reshape(1) if tile_ratio is None else g.d_scale / tile_ratio
-        d_scale = torch.add(of_tiles, beside, out=torch.empty_like(p.logit_scale))  # rounds
+        d_scale = torch.add(of_tiles, d_scale_beside, out=torch.empty_like(p.logit_scale))  # rounds
     return replace(g, dx=dx, dy=dy, g_rows=d_row_bias, d_scale=d_scale)
 
 

@@ -1,9 +1,10 @@
-"""Which backend serves a call, and why."""
+"""Which backend serves a call, and why; how a call is carried out."""
 
 from __future__ import annotations
 
 import importlib
 import warnings
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,6 +46,21 @@ def choose(backend: str, x: Tensor) -> str:
     if reason := unusable(backend, x.device, dtype):
         raise RuntimeError(f"backend {backend!r} cannot serve {dtype} on {x.device} here: {reason}")
     return backend
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a call is carried out: all about it that is not its mathematics."""
+
+    dtype: torch.dtype  # what embeddings are rounded to; their gradients come back in the dtype that they had
+    backend: str  # a name
+    group: str  # of the ranks that hold other rows and columns, encoded (ranks.py); "": this process has all
+
+    @staticmethod
+    def of(x: Tensor, backend: str, group: Group | None, **same: object) -> Execution:
+        """For embeddings like x. `same`: arguments of the loss in which the ranks of a group must agree."""
+        encoded = "" if group is None else group.encode(**same)
+        return Execution(checks.computed_dtype(x), choose(backend, x), encoded)
 
 
 def explain(x: Tensor, y: Tensor | None = None, *, group: ProcessGroup | Group | None = None) -> str:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from flashcl.engine.exchange import Block, Share, everything, exchange, half
@@ -29,8 +28,8 @@ class _World:
 
     ranks: Ranks
     p: Problem  # of this rank, with ids that are unique in the world
-    sizes: list[int]  # rows of each rank
-    lines: list[int]  # columns of each rank
+    rows_of_ranks: list[int]
+    cols_of_ranks: list[int]
     cols: tuple[Tensor, ...]  # (M of all ranks,) vectors of the program
     col_bias: Tensor | None
     col_center: Tensor | None
@@ -47,30 +46,31 @@ class _World:
             "col_bias given": p.col_bias is not None,
             "logit_scale": p.logit_scale.item().hex(),  # as text: NaN is equal to NaN
         }
-        ranks = Ranks(group, p.x.device, what, same, (len(p.x), len(p.y)))
-        sizes, lines = map(list, zip(*ranks.counts))
-        if not sum(sizes) or not sum(lines):
+        ranks = Ranks.meet(group, p.x.device, what, same, (len(p.x), len(p.y)))
+        rows_of_ranks, cols_of_ranks = map(list, zip(*ranks.counts))
+        if not sum(rows_of_ranks) or not sum(cols_of_ranks):
             raise ValueError(f"no rank of the group has rows: counts are {ranks.counts}")
         p = _with_ids_of_the_world(p, ranks)
         p = p if tile_scale is None else replace(p, logit_scale=tile_scale)
 
         def of_all(v):
-            return None if v is None else ranks.all_lines(v, lines)
+            return None if v is None else ranks.all_lines(v, cols_of_ranks)
 
         cols = tuple(map(of_all, p.cols))
-        return _World(ranks, p, sizes, lines, cols, of_all(p.col_bias), of_all(p.center))
+        return _World(ranks, p, rows_of_ranks, cols_of_ranks, cols, of_all(p.col_bias), of_all(p.center))
 
     def share(self) -> Share:
-        return half(self.sizes) if self.p.triangular else everything(self.sizes, self.lines)
+        return half(self.rows_of_ranks) if self.p.triangular else everything(self.rows_of_ranks, self.cols_of_ranks)
 
     def at(self, block: Block) -> list[slice]:
         """Where the pieces of a block lie among the columns of the world."""
-        starts = [0, *accumulate(self.lines)]
+        starts = [0, *accumulate(self.cols_of_ranks)]
         return [slice(starts[q] + at.start, starts[q] + at.stop) for q, at in block.pieces]
 
-    def own_lines(self) -> slice:
-        start = sum(self.lines[: self.ranks.rank])
-        return slice(start, start + self.lines[self.ranks.rank])
+    def own_cols(self) -> slice:
+        """Of the columns of the world."""
+        start = sum(self.cols_of_ranks[: self.ranks.rank])
+        return slice(start, start + self.cols_of_ranks[self.ranks.rank])
 
     def own(self, block: Block) -> bool:
         return block.pieces[0].rank == self.ranks.rank
@@ -118,10 +118,10 @@ def _put(v: Tensor, at: list[slice], values: Tensor) -> None:
 def sweep(backend: Backend, p: Problem, group: str, *, need_cols: bool, keep: bool) -> Statistics:
     world = _World.meet("the statistics of a loss", p, group, symmetric=need_cols, **{"any gradient wanted": keep})
     p, need_cols = world.p, need_cols or world.p.triangular
-    row, col = (LogSumExp.of_no_pair(p, n) for n in (len(p.x), sum(world.lines)))
+    row, col = (LogSumExp.of_no_pair(p, n) for n in (len(p.x), sum(world.cols_of_ranks)))
     deviation, col_deviation = (None if p.center is None else torch.zeros(n, dtype=torch.float64, device=p.x.device)
-                                for n in (len(p.x), sum(world.lines)))  # fmt: skip
-    for block in exchange(world.ranks, p.y, world.lines, world.share()).walk():
+                                for n in (len(p.x), sum(world.cols_of_ranks)))  # fmt: skip
+    for block in exchange(world.ranks, p.y, world.cols_of_ranks, world.share()).walk():
         if not len(block.y) or block.rows.start == block.rows.stop:
             continue
         s, at = backend.sweep(world.problem(block), need_cols=need_cols, keep=False), world.at(block)
@@ -133,8 +133,8 @@ def sweep(backend: Backend, p: Problem, group: str, *, need_cols: bool, keep: bo
             if s.col_deviation is not None:
                 _put(col_deviation, at, s.col_deviation)
     if p.triangular:
-        _put(col.parts, [world.own_lines()], row.parts)
-        row, deviation = _over_ranks(world, col), _sum_over_ranks(world, deviation, col_deviation)
+        _put(col.parts, [world.own_cols()], row.parts)
+        row, deviation = _over_ranks(world, col), _deviation_over_ranks(world, deviation, col_deviation)
         return Statistics(row, None, deviation)
     return Statistics(row, _over_ranks(world, col) if need_cols else None, deviation)
 
@@ -156,24 +156,24 @@ def _relative(top: Tensor, rest: Tensor, to: Tensor) -> Tensor:
 def _over_ranks(world: _World, part: LogSumExp) -> LogSumExp:
     """Log-sum-exps (K, M of all ranks) of the pairs of this rank become those of the lines of this rank over all pairs."""
     # max ignores NaN on some devices; a sum never does.
-    top = world.ranks.all_reduce_(part.top.nan_to_num(-torch.inf, torch.inf, -torch.inf), dist.ReduceOp.MAX)
-    total = world.ranks.all_reduce_(_relative(part.top, part.rest, top))
-    own = world.own_lines()
+    top = world.ranks.max_(part.top.nan_to_num(-torch.inf, torch.inf, -torch.inf))
+    total = world.ranks.sum_(_relative(part.top, part.rest, top))
+    own = world.own_cols()
     top, total = top[:, own], total[:, own]
     return LogSumExp.of(torch.where(total.isnan(), torch.nan, top), total.log().to(top.dtype))
 
 
-def _sum_over_ranks(world: _World, own: Tensor | None, others: Tensor | None) -> Tensor | None:
+def _deviation_over_ranks(world: _World, own: Tensor | None, others: Tensor | None) -> Tensor | None:
     if own is None:
         return None
-    others[world.own_lines()] += own
-    return world.ranks.all_reduce_(others)[world.own_lines()]
+    others[world.own_cols()] += own
+    return world.ranks.sum_(others)[world.own_cols()]
 
 
 def sweep_softplus(backend: Backend, p: Problem, group: str, *, tile_scale: Tensor | None, keep: bool) -> Tensor:
     world = _World.meet("the sums of a loss", p, group, tile_scale, **{"any gradient wanted": keep})
     total = torch.zeros(len(p.x), dtype=p.stat_dtype, device=p.x.device)
-    for block in exchange(world.ranks, p.y, world.lines, world.share()).walk():
+    for block in exchange(world.ranks, p.y, world.cols_of_ranks, world.share()).walk():
         if len(block.y) and len(p.x):
             total += backend.sweep_softplus(world.problem(block))
     return total
@@ -193,47 +193,47 @@ def grad(
 ) -> Grads:
     wanted = [name for name, need in needs._asdict().items() if need]
     world = _World.meet("the gradients of a loss", p, group, tile_scale, **{"gradients wanted": wanted})
-    p = world.p
-    total = Grads.zeros(p, c, needs, cols=sum(world.lines))
-    dx, dy = total.dx, total.dy
+    p, partial = world.p, world.ranks.rules.others_are_constants
+    total = Grads.zeros(p, c, needs, cols=sum(world.cols_of_ranks))
     cols = None if isinstance(c, Sigmoid) else _coefficients_of_all(world, c)
-    home = dx if p.triangular else dy
+    home = total.dx if p.triangular else total.dy
     columns_have_losses = p.triangular or (isinstance(c, Softmax) and c.col_weight is not None)
-    if world.ranks.partial and not columns_have_losses:
+    if partial and not columns_have_losses:
         home = None  # the losses of other ranks' rows give this rank's columns no gradient
-    others = exchange(world.ranks, p.y, world.lines, world.share(), home)
+    others = exchange(world.ranks, p.y, world.cols_of_ranks, world.share(), home)
     for block in others.walk():
         if not len(block.y) or block.rows.start == block.rows.stop:
             continue
         own, problem, at = world.own(block), world.problem(block), world.at(block)
-        for part, for_x, for_y in _parts(c if own else _part(c, cols, block.rows, at), own, world.ranks.partial):
-            here = needs._replace(x=needs.x and for_x, y=_goes_home(own, home, dy) and for_y)
-            g = backend.grad(problem, part, here)
-            if g.dx is not None:
-                dx[block.rows] += g.dx
+        wants_y = (total.dy if own else home) is not None
+        for part, for_x, for_y in _parts(c if own else _part(c, cols, block.rows, at), own, partial):
+            g = backend.grad(problem, part, needs._replace(x=needs.x and for_x, y=wants_y and for_y))
+            _add_(total, g, block.rows, at)
             if g.dy is not None:
-                dy.add_(g.dy) if own else others.give_back(block, g.dy)
-            if needs.row_bias:
-                total.g_rows[block.rows] += g.g_rows
-            if needs.col_bias:
-                _put(total.g_cols, at, _take(total.g_cols, at) + g.g_cols)
-            if needs.scale:
-                total.d_scale.add_(g.d_scale)
-            if g.row_sum is not None:
-                total.row_sum.add_(g.row_sum)
+                total.dy.add_(g.dy) if own else others.give_back(block, g.dy)
     if needs.col_bias:
-        total = replace(total, g_cols=world.ranks.all_reduce_(total.g_cols)[world.own_lines()])
+        total = replace(total, g_cols=world.ranks.sum_(total.g_cols)[world.own_cols()])
     return total
 
 
-def _goes_home(own: bool, home: Tensor | None, dy: Tensor | None) -> bool:
-    return dy is not None if own else home is not None
+def _add_(total: Grads, g: Grads, rows: slice, at: list[slice]) -> None:
+    """All that a block has of the gradients of its rows, of its columns among those of all ranks, and of the scale; not dy."""
+    if g.dx is not None:
+        total.dx[rows] += g.dx
+    if g.g_rows is not None:
+        total.g_rows[rows] += g.g_rows
+    if g.g_cols is not None:
+        _put(total.g_cols, at, _take(total.g_cols, at) + g.g_cols)
+    if g.d_scale is not None:
+        total.d_scale.add_(g.d_scale)
+    if g.row_sum is not None:
+        total.row_sum[rows] += g.row_sum
 
 
 def _coefficients_of_all(world: _World, c: Softmax) -> Softmax:
     """Those of the columns of all ranks; of a triangular problem the columns are the rows."""
     side = (c.row_weight, c.row_top, c.row_offset) if world.p.triangular else (c.col_weight, c.col_top, c.col_offset)
-    weight, top, offset = (None if v is None else world.ranks.all_lines(v, world.lines) for v in side)
+    weight, top, offset = (None if v is None else world.ranks.all_lines(v, world.cols_of_ranks) for v in side)
     return replace(c, col_weight=weight, col_top=top, col_offset=offset)
 
 
@@ -268,7 +268,7 @@ def _parts(c: Softmax | Sigmoid, own: bool, partial: bool) -> list[tuple[Softmax
 
 def labels_of_all(labels: Tensor, group: str) -> Tensor:
     """The labels (n,) of every rank, in the order of ranks."""
-    ranks = Ranks(group, labels.device, "the labels", {"dtype of labels": str(labels.dtype)}, (len(labels),))
+    ranks = Ranks.meet(group, labels.device, "the labels", {"dtype of labels": str(labels.dtype)}, (len(labels),))
     return ranks.all_lines(labels, [n for (n,) in ranks.counts])
 
 
@@ -277,23 +277,31 @@ def label_blocks(x: Tensor, labels: Tensor, weights: Tensor, group: str) -> Iter
 
     Of the weights the first are for values, the others carry gradients: "local_partial" has none from other ranks' rows.
     """
-    ranks = Ranks(group, x.device, "the sums of labels", {"D": x.shape[1], "dtype": str(x.dtype)}, (len(x),))
+    ranks = Ranks.meet(group, x.device, "the sums of labels", {"D": x.shape[1], "dtype": str(x.dtype)}, (len(x),))
     sizes = [n for (n,) in ranks.counts]
     labels, weights = ranks.all_lines(labels, sizes), ranks.all_lines(weights, sizes)
     starts = [0, *accumulate(sizes)]
     for block in exchange(ranks, x, sizes, lambda r, q: (slice(0, 1), slice(0, sizes[q]))).walk():
         at = [slice(starts[q] + i.start, starts[q] + i.stop) for q, i in block.pieces]
         of_block = _take(weights, at)
-        if ranks.partial and block.pieces[0].rank != ranks.rank:
+        if ranks.rules.others_are_constants and block.pieces[0].rank != ranks.rank:
             of_block = torch.cat([of_block[:1], torch.zeros_like(of_block[1:])])
         yield block.y, _take(labels, at), of_block
 
 
-def agree_on(v: Tensor, what: str, group: str) -> None:
-    Ranks(group, v.device, "a comparison", {what: v.item().hex()}, ())
+# ---- a few numbers -------------------------------------------------------------------------------------------------------
+
+
+def agree_on(v: Tensor, what: str, group: str) -> Tensor:
+    """v () if every rank has the same, as without a group; a RuntimeError on every rank otherwise."""
+    if group:
+        Ranks.meet(group, v.device, "a comparison", {what: v.item().hex()})
+    return v
 
 
 def sum_over_ranks(v: Tensor, group: str) -> Tensor:
-    """v, a few numbers, summed over the ranks."""
-    ranks = Ranks(group, v.device, "a sum over ranks", {"shape": list(v.shape)}, ())
-    return ranks.all_reduce_(v.clone())
+    """v, a few numbers, summed over the ranks; v itself without a group."""
+    if not group:
+        return v
+    ranks = Ranks.meet(group, v.device, "a sum over ranks", {"shape": list(v.shape)})
+    return ranks.sum_(v.clone())

@@ -15,12 +15,13 @@ A triangular problem goes without y. An absent output is a tensor without elemen
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
 from flashcl.engine import dispatch, distributed
+from flashcl.engine.dispatch import Execution
 from flashcl.engine.problem import CLASSES, Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
 
 _library = torch.library.Library("flashcl", "FRAGMENT")
@@ -43,9 +44,9 @@ def operator(name: str, fake: Callable, mutates: tuple[str, ...] = ()) -> Callab
     return register
 
 
-def sweep(problem: Problem, *, need_cols: bool, keep: bool, backend: str, group: str) -> Statistics:
+def sweep(problem: Problem, how: Execution, *, need_cols: bool, keep: bool) -> Statistics:
     """`problem.py` says what comes back."""
-    row, col, deviation, kept = _sweep(*_unpack(problem), problem.center, need_cols, keep, backend, group)
+    row, col, deviation, kept = _sweep(*_unpack(problem), problem.center, need_cols, keep, how.backend, how.group)
     has_cols = need_cols and not problem.triangular
     return Statistics(
         LogSumExp(row),
@@ -55,32 +56,29 @@ def sweep(problem: Problem, *, need_cols: bool, keep: bool, backend: str, group:
     )
 
 
-def sweep_softplus(problem: Problem, *, tile_scale: Tensor | None, keep: bool, backend: str, group: str) -> Tensor:
+def sweep_softplus(problem: Problem, how: Execution, *, tile_scale: Tensor | None, keep: bool) -> Tensor:
     """`problem.py` says what comes back; keep: whether there will be a backward, in which the ranks of a group must agree.
 
     tile_scale: what tiles take for logit_scale, which all ranks have alike; None: the same.
     """
     assert not problem.triangular
-    return _sweep_softplus(*_unpack(problem), tile_scale, keep, backend, group)
+    return _sweep_softplus(*_unpack(problem), tile_scale, keep, how.backend, how.group)
 
 
 def grad(
     problem: Problem,
     c: Softmax | Sigmoid,
     needs: Needs,
+    how: Execution,
     *,
     tile_scale: Tensor | None = None,
     kept: Tensor | None = None,
-    backend: str,
-    group: str,
 ) -> Grads:
     """`problem.py` says what comes back; tile_scale: as of sweep_softplus."""
-    if isinstance(c, Sigmoid):
-        assert not problem.triangular
-        vectors = [c.row_weight] + [None] * 6
-    else:
-        vectors = [c.row_weight, c.row_top, c.col_weight, c.col_top, c.row_offset, c.col_offset, c.about]
-    dx, dy, g_rows, g_cols, d_scale, row_sum = _grad(*_unpack(problem), *vectors, tile_scale, kept, list(needs), backend, group)
+    assert not (problem.triangular and isinstance(c, Sigmoid))
+    vectors = [getattr(c, field.name) for field in fields(c)]
+    out = _grad(*_unpack(problem), vectors, tile_scale, kept, list(needs), how.backend, how.group)
+    dx, dy, g_rows, g_cols, d_scale, row_sum = out
     return Grads(
         dx if needs.x else None,
         dy if needs.y and not problem.triangular else None,
@@ -89,16 +87,6 @@ def grad(
         d_scale if needs.scale else None,
         row_sum if isinstance(c, Sigmoid) else None,
     )
-
-
-def partner_products(x: Tensor, y: Tensor, shift: int, *, backend: str) -> Tensor:
-    """<x_i, y_j> with j = (i + shift) mod M, (N,) float64"""
-    return _partner_products(x, y, shift, backend)
-
-
-def tile_ratio(x: Tensor, y: Tensor, products: Tensor, shift: int, *, backend: str) -> Tensor:
-    """Products as tiles have them, relative to the exact `products` (partner_products of the same): (1,) float64, about 1."""
-    return _tile_ratio(x, y, products, shift, backend)
 
 
 def finish(
@@ -110,25 +98,15 @@ def finish(
     return acc if out is None else out
 
 
-def sum_over_ranks(v: Tensor, group: str) -> Tensor:
-    """v, a few numbers, summed over the ranks of the group; v itself without a group."""
-    return distributed.sum_over_ranks(v, group) if group else v
-
-
-def same_on_all_ranks(v: Tensor, what: str, group: str) -> Tensor:
-    """v () if every rank of the group has the same; a RuntimeError on every rank otherwise."""
-    if group:
-        distributed.agree_on(v, what, group)
-    return v
-
-
 @operator("partner_products", fake=lambda x, y, shift, backend: x.new_empty(x.shape[0], dtype=torch.float64))
-def _partner_products(x: Tensor, y: Tensor, shift: int, backend: str) -> Tensor:
+def partner_products(x: Tensor, y: Tensor, shift: int, backend: str) -> Tensor:
+    """<x_i, y_j> with j = (i + shift) mod M, (N,) float64"""
     return dispatch.load(backend).partner_products(x, y, shift % max(len(y), 1))
 
 
 @operator("tile_ratio", fake=lambda x, y, products, shift, backend: products.new_empty(1))
-def _tile_ratio(x: Tensor, y: Tensor, products: Tensor, shift: int, backend: str) -> Tensor:
+def tile_ratio(x: Tensor, y: Tensor, products: Tensor, shift: int, backend: str) -> Tensor:
+    """Products as tiles have them, relative to the exact `products` (partner_products of the same): (1,) float64, about 1."""
     found = dispatch.load(backend).products_in_tiles(x, y, shift % len(y)) if len(x) and len(y) else None
     if found is None:
         return torch.ones(1, dtype=products.dtype, device=products.device)
@@ -222,16 +200,19 @@ def _scaled(problem: Problem, tile_scale: Tensor | None) -> Problem:
     return problem if tile_scale is None else replace(problem, logit_scale=tile_scale)
 
 
-def _empty_grads(x, y, logit_scale, row_bias, col_bias, program, rows, cols, row_weight, row_top, col_weight, col_top,
-      row_offset, col_offset, about, tile_scale, kept, needs, backend, group):  # fmt: skip
-    new, needs = logit_scale.new_empty, Needs(*needs)
+def _coefficients(vectors: list[Tensor | None]) -> Softmax | Sigmoid:
+    return Softmax(*vectors) if len(vectors) == len(fields(Softmax)) else Sigmoid(*vectors)
+
+
+def _empty_grads(x, y, logit_scale, row_bias, col_bias, program, rows, cols, vectors, tile_scale, kept, needs, backend, group):
+    new, needs, c = logit_scale.new_empty, Needs(*needs), _coefficients(vectors)
     return (
         new(x.shape if needs.x else 0),
         new(y.shape if needs.y and y is not None else 0),
         new(x.shape[0] if needs.row_bias else 0),
         new((x if y is None else y).shape[0] if needs.col_bias else 0),
         new((), dtype=torch.float64) if needs.scale else new(0),
-        new(x.shape[0] if row_top is None else 0),
+        new(x.shape[0] if isinstance(c, Sigmoid) else 0),
     )
 
 
@@ -245,13 +226,7 @@ def _grad(
     program: str,
     rows: list[Tensor],
     cols: list[Tensor],
-    row_weight: Tensor,
-    row_top: Tensor | None,
-    col_weight: Tensor | None,
-    col_top: Tensor | None,
-    row_offset: Tensor | None,
-    col_offset: Tensor | None,
-    about: Tensor | None,
+    vectors: list[Tensor | None],
     tile_scale: Tensor | None,
     kept: Tensor | None,
     needs: list[bool],
@@ -259,11 +234,7 @@ def _grad(
     group: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = Problem.of(x, y, logit_scale, row_bias, col_bias, program, rows, cols)
-    if row_top is None:
-        c = Sigmoid(row_weight)
-    else:
-        c = Softmax(row_weight, row_top, col_weight, col_top, row_offset, col_offset, about)
-    module, needs = dispatch.load(backend), Needs(*needs)
+    module, c, needs = dispatch.load(backend), _coefficients(vectors), Needs(*needs)
     if group:
         g = distributed.grad(module, problem, c, needs, group, tile_scale=tile_scale)
     else:

@@ -31,11 +31,11 @@ class Partner:
     shift: int
 
     def products(self, p: Problem, backend: str) -> Tensor:
-        return ops.partner_products(p.x, p.y, self.shift, backend=backend)
+        return ops.partner_products(p.x, p.y, self.shift, backend)
 
     def tile_ratio(self, p: Problem, products: Tensor, backend: str) -> Tensor:
         """Products as tiles have them, relative to what they are: (1,) float64, about 1."""
-        return ops.tile_ratio(p.x, p.y, products, self.shift, backend=backend)
+        return ops.tile_ratio(p.x, p.y, products, self.shift, backend)
 
     def in_tiles(self, p: Problem, products: Tensor, deviation: None, backend: str) -> Tensor:
         return products * self.tile_ratio(p, products, backend)

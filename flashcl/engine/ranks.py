@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,24 @@ from torch import Tensor
 # at interpreter exit. Imported before there is a group, it keeps none.
 
 STRATEGIES = ("auto", "gather", "ring")
-CONVENTIONS = ("local_grad", "global_grad", "global", "global_scaled", "local_partial")
+
+
+class Convention(NamedTuple):
+    """What a mean and its gradients are on a rank (`Group` has them in words)."""
+
+    global_mean: bool = False  # the mean of all ranks; else W / N * the sum of own rows
+    scalars_times_ranks: bool = False  # the value, and the gradients of logit_scale and bias, are W times as large
+    towers_over_ranks: bool = False  # the gradients of embeddings are divided by W
+    others_are_constants: bool = False  # no gradient through the rows of other ranks
+
+
+CONVENTIONS = {
+    "local_grad": Convention(),
+    "global_grad": Convention(global_mean=True),
+    "global": Convention(global_mean=True, towers_over_ranks=True),
+    "global_scaled": Convention(global_mean=True, scalars_times_ranks=True),
+    "local_partial": Convention(others_are_constants=True),
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +80,10 @@ class Group:
         if not isinstance(self.chunk_bytes, int) or self.chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be a positive integer, got {self.chunk_bytes!r}")
 
+    @property
+    def rules(self) -> Convention:
+        return CONVENTIONS[self.convention]
+
     def __deepcopy__(self, memo: dict) -> Group:
         """Itself: a copy of a model talks to the same ranks."""
         return self
@@ -74,17 +96,14 @@ class Group:
         if not isinstance(group, (Group, dist.ProcessGroup)):
             raise TypeError(f"group must be a torch.distributed ProcessGroup or a flashcl.Group, got {type(group).__name__}")
         group = group if isinstance(group, Group) else Group(group)
-        if group.convention.startswith("global") and reduction != "mean":
+        if group.rules.global_mean and reduction != "mean":
             got = "this function returns no mean" if reduction is None else f"got {reduction!r}"
             raise ValueError(f'convention {group.convention!r} is for losses with reduction="mean", {got}')
         return group
 
-    @staticmethod
-    def name(group: Group | None, **same) -> str:
-        """`group` for an operator; `same`: arguments of the loss in which the ranks must agree, beside what operators see."""
-        return "" if group is None else group.encode(**same)
-
-    def encode(self, **same) -> str:
+    def encode(self, **same: object) -> str:
+        """For an operator. `same`: arguments of the loss in which the ranks must agree, beside what operators see."""
+        same = {name: v.item().hex() if isinstance(v, torch.Tensor) else v for name, v in same.items()}  # text: NaN equals NaN
         options = self.strategy, self.convention, str(self.chunk_bytes)
         return "\n".join([self.process_group.group_name, *options, json.dumps(same)])
 
@@ -96,24 +115,31 @@ _meetings = defaultdict(itertools.count)  # group name -> numbers of its meeting
 
 
 class Ranks:
-    """All ranks of a group, met for one operation: each says what it brings, and all see that they fit together."""
+    """All ranks of a group, met for one operation: each has said what it brings, and all have seen that they fit together."""
 
-    def __init__(self, encoded: str, device: torch.device, what: str, same: dict, counts: tuple[int, ...]):
-        """`same` must be equal on all ranks; `counts` may differ, and become `self.counts`, one tuple per rank."""
+    def __init__(self, encoded: str, device: torch.device, what: str):
         name, self.strategy, convention, chunk_bytes, arguments = encoded.split("\n")
-        self.partial, self.chunk_bytes = convention == "local_partial", int(chunk_bytes)
+        self.rules, self.chunk_bytes = CONVENTIONS[convention], int(chunk_bytes)
         self.group = dist.distributed_c10d._resolve_process_group(name)
         self.rank, self.size, self.device = self.group.rank(), self.group.size(), device
         self.what = f"{what}, number {next(_meetings[name])} in this group"
         options = {"strategy": self.strategy, "convention": convention, "chunk_bytes": self.chunk_bytes}
-        said = self._say({"operation": self.what} | options | json.loads(arguments) | same, counts)
+        self.same = {"operation": self.what} | options | json.loads(arguments)
+        self.counts: list[tuple[int, ...]] = []  # of each rank
+
+    @staticmethod
+    def meet(encoded: str, device: torch.device, what: str, same: dict, counts: tuple[int, ...] = ()) -> Ranks:
+        """Every rank sends a message: `same` must be equal in all of them, `counts` may differ."""
+        ranks = Ranks(encoded, device, what)
+        said = ranks._say(ranks.same | same, counts)
         first, _ = said[0]
         for rank, (facts, _) in enumerate(said):
             if differ := [key for key in first | facts if first.get(key) != facts.get(key)]:
                 there, here = (", ".join(f"{key} {known.get(key)!r}" for key in differ) for known in (facts, first))
                 difference = f"Rank {rank} has {there}; rank 0 has {here}"
-                raise RuntimeError(f"flashcl: the ranks of a group must agree ({self.what}). {difference}")
-        self.counts = [tuple(counts) for _, counts in said]
+                raise RuntimeError(f"flashcl: the ranks of a group must agree ({ranks.what}). {difference}")
+        ranks.counts = [tuple(counts) for _, counts in said]
+        return ranks
 
     def _say(self, same: dict, counts: tuple[int, ...]) -> list:
         text = json.dumps([same, counts]).encode()
@@ -157,8 +183,14 @@ class Ranks:
         with self._waiting(what):
             return scatter(out, x, group=self.group, async_op=True)
 
-    def all_reduce_(self, x: Tensor, op=dist.ReduceOp.SUM, *, what: str = "statistics") -> Tensor:
-        with self._waiting(what):
+    def sum_(self, x: Tensor) -> Tensor:
+        return self._reduce_(x, dist.ReduceOp.SUM)
+
+    def max_(self, x: Tensor) -> Tensor:
+        return self._reduce_(x, dist.ReduceOp.MAX)
+
+    def _reduce_(self, x: Tensor, op) -> Tensor:
+        with self._waiting("statistics"):
             dist.all_reduce(x, op, group=self.group)
         return x
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashcl.checks import computed_dtype, one_of, wide
-from flashcl.engine import dispatch, ops
+from flashcl.checks import one_of, wide
+from flashcl.engine import distributed
+from flashcl.engine.dispatch import Execution
 from flashcl.engine.ranks import Group
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -34,27 +35,25 @@ def eager_over_ranks(loss: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def prepare(normalize: bool, group: Group | None, *embeddings: Tensor) -> list[Tensor]:
-    """Embeddings as the engine takes them: of unit length if asked for. It rounds them itself.
+def prepare(
+    *embeddings: Tensor, normalize: bool, backend: str, group: Group | None, **same: object
+) -> tuple[Execution, list[Tensor]]:
+    """How the engine is to compute, and the embeddings as it takes them: of unit length if asked for. It rounds them itself.
 
-    Under the convention "global" their gradients are divided by the number of ranks.
+    `same`: other arguments in which the ranks of a group must agree.
     """
     one_of("normalize", normalize, (True, False))
-    if group is not None and group.convention == "global":
+    how = Execution.of(embeddings[0], backend, group, normalize=normalize, **same)
+    if group is not None and group.rules.towers_over_ranks:
         embeddings = [_ScaleGradient.apply(x, 1 / group.process_group.size()) for x in embeddings]
     if normalize:  # in float32 at least: a norm may be beyond float16, and its square is
         embeddings = [F.normalize(wide(x, x), dim=1) for x in embeddings]
-    return list(embeddings)
-
-
-def computed(x: Tensor, backend: str) -> dict[str, torch.dtype | str]:
-    """In what dtype and by which backend the engine computes the logits of x, as it was given: arguments of the engine."""
-    return dict(dtype=computed_dtype(x), backend=dispatch.choose(backend, x))
+    return how, list(embeddings)
 
 
 def parameter(value: Tensor, group: Group | None) -> Tensor:
-    """logit_scale or logit_bias as the engine takes it: under "global_scaled" its gradient is times the number of ranks."""
-    if group is not None and group.convention == "global_scaled":
+    """logit_scale or logit_bias as the engine takes it, with the gradient that the convention of the group gives it."""
+    if group is not None and group.rules.scalars_times_ranks:
         return _ScaleGradient.apply(value, group.process_group.size())
     return value
 
@@ -101,11 +100,11 @@ def _mean_over_ranks(own: Tensor, count: Tensor | int, group: Group) -> Tensor:
     """What a rank returns as its mean: `Group` says what that is in each convention."""
     name = group.encode()
     one = torch.ones_like(own.detach())
-    count, ranks = ops.sum_over_ranks(torch.stack([one * count, one]), name).unbind()
+    count, ranks = distributed.sum_over_ranks(torch.stack([one * count, one]), name).unbind()
     own = own * (ranks / count.clamp(min=1))
-    if not group.convention.startswith("global"):
+    if not group.rules.global_mean:
         return own
-    value = ops.sum_over_ranks(own.detach().reshape(1), name)[0]  # W times the global mean
-    if group.convention != "global_scaled":
+    value = distributed.sum_over_ranks(own.detach().reshape(1), name)[0]  # W times the global mean
+    if not group.rules.scalars_times_ranks:
         value = value / ranks
     return own + (value - own.detach())

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from flashcl import checks
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
-from flashcl.losses.common import REDUCTIONS, computed, eager_over_ranks, from_negatives, parameter, prepare, reduce
+from flashcl.losses.common import REDUCTIONS, eager_over_ranks, from_negatives, parameter, prepare, reduce
 
 
 @eager_over_ranks
@@ -55,13 +55,11 @@ def info_nce(
     elif len(y) < len(x):
         raise ValueError(f"y must have at least the {len(x)} rows of x, a positive for each, got {len(y)}")
     scale = parameter(checks.logit_scale(x, temperature=temperature, logit_scale=logit_scale), group)
-    at = computed(x, backend)
-    x, y = prepare(normalize, group, x, y)
+    how, (x, y) = prepare(x, y, normalize=normalize, backend=backend, group=group, reduction=reduction)
 
     col_id = torch.arange(y.shape[0], dtype=torch.int32, device=x.device)
-    name = Group.name(group, reduction=reduction, normalize=normalize)
-    pairs = Pairs("different", (col_id[: x.shape[0]],), (col_id,), partner=0, group=name)
-    s = log_sum_exp(x, y, scale, None, None, pairs, need_cols=symmetric, **at)
+    pairs = Pairs("different", (col_id[: x.shape[0]],), (col_id,), partner=0)
+    s = log_sum_exp(x, y, scale, None, None, pairs, how, need_cols=symmetric)
     if not symmetric:
         return reduce(from_negatives(s.row_neg, s.row_pos), reduction, x, group)
     loss = from_negatives(torch.stack([s.row_neg, s.col_neg]), s.row_pos)  # (2, N): of the rows and of the columns

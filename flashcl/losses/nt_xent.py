@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from flashcl import checks
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
-from flashcl.losses.common import REDUCTIONS, computed, eager_over_ranks, from_negatives, parameter, prepare, reduce
+from flashcl.losses.common import REDUCTIONS, eager_over_ranks, from_negatives, parameter, prepare, reduce
 
 
 @eager_over_ranks
@@ -47,12 +47,11 @@ def nt_xent(
     checks.one_of("reduction", reduction, REDUCTIONS)
     group = Group.of(group, reduction)
     scale = parameter(checks.inverse_temperature(temperature, z1), group)
-    at = computed(z1, backend)
-    z = torch.cat(prepare(normalize, group, z1, z2))
+    how, views = prepare(z1, z2, normalize=normalize, backend=backend, group=group, reduction=reduction)
+    z = torch.cat(views)
 
     # Ids are equal for the anchor itself and for its positive: neither is a negative.
     item = torch.arange(z1.shape[0], dtype=torch.int32, device=z.device).repeat(2)
-    name = Group.name(group, reduction=reduction, normalize=normalize)
-    pairs = Pairs("different", (item,), (item,), partner=z1.shape[0], group=name)
-    s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, **at)
+    pairs = Pairs("different", (item,), (item,), partner=z1.shape[0])
+    s = log_sum_exp(z, None, scale, None, None, pairs, how, need_cols=False)
     return reduce(from_negatives(s.row_neg, s.row_pos), reduction, z, group)

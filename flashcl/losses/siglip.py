@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from flashcl import checks
 from flashcl.engine.autograd import Pairs, softplus_sum
 from flashcl.engine.ranks import Group
-from flashcl.losses.common import REDUCTIONS, computed, eager_over_ranks, parameter, prepare, reduce
+from flashcl.losses.common import REDUCTIONS, eager_over_ranks, parameter, prepare, reduce
 
 
 @eager_over_ranks
@@ -48,11 +48,9 @@ def siglip(
     group = Group.of(group, reduction)
     scale = parameter(checks.scalar("logit_scale", logit_scale, x), group)
     bias = parameter(checks.wide(checks.scalar("logit_bias", logit_bias, x), x), group)
-    at = computed(x, backend)
-    x, y = prepare(normalize, group, x, y)
+    how, (x, y) = prepare(x, y, normalize=normalize, backend=backend, group=group, reduction=reduction, logit_bias=bias)
 
     row = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    same = {} if group is None else dict(reduction=reduction, normalize=normalize, logit_bias=bias.item().hex())
-    pairs = Pairs("different", (row,), (row,), partner=0, group=Group.name(group, **same))
-    loss = softplus_sum(x, y, scale, bias.expand(len(x)), pairs, per_row=reduction == "none", **at)
+    pairs = Pairs("different", (row,), (row,), partner=0)
+    loss = softplus_sum(x, y, scale, bias.expand(len(x)), pairs, how, per_row=reduction == "none")
     return reduce(loss, reduction, x, group)

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from flashcl import checks
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
-from flashcl.losses.common import computed, eager_over_ranks, prepare
+from flashcl.losses.common import eager_over_ranks, prepare
 
 
 @eager_over_ranks
@@ -54,16 +54,14 @@ def similarity_logsumexp(
     checks.one_of("axis", axis, ("both", "rows", "cols"))
     group = Group.of(group, reduction=None)
     scale = checks.scalar("logit_scale", logit_scale, x)
-    at = computed(x, backend)
-    x, y = prepare(False, group, x, y)
+    how, (x, y) = prepare(x, y, normalize=False, backend=backend, group=group, axis=axis)
     if axis == "cols":  # the columns of S are the rows of its transpose
         x, y, row_bias, col_bias = y, x, col_bias, row_bias
 
-    name = Group.name(group, axis=axis)
-    pairs = Pairs(group=name)
+    pairs = Pairs()
     if exclude == "diagonal":
         row_id, col_id = (torch.arange(len(v), dtype=torch.int32, device=x.device) for v in (x, y))
-        pairs = Pairs("different", (row_id,), (col_id,), group=name)
-    s = log_sum_exp(x, y, scale, row_bias, col_bias, pairs, need_cols=axis == "both", **at)
+        pairs = Pairs("different", (row_id,), (col_id,))
+    s = log_sum_exp(x, y, scale, row_bias, col_bias, pairs, how, need_cols=axis == "both")
     row = checks.wide(s.row_neg, x)
     return (row, checks.wide(s.col_neg, x)) if axis == "both" else row

@@ -9,7 +9,7 @@ from torch.distributed import ProcessGroup
 from flashcl import checks
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
-from flashcl.losses.common import REDUCTIONS, computed, eager_over_ranks, from_negatives, parameter, prepare, reduce
+from flashcl.losses.common import REDUCTIONS, eager_over_ranks, from_negatives, parameter, prepare, reduce
 
 
 @eager_over_ranks
@@ -49,14 +49,12 @@ def sup_con(
     checks.one_of("reduction", reduction, REDUCTIONS)
     group = Group.of(group, reduction)
     scale = parameter(checks.inverse_temperature(temperature, z), group)
-    at = computed(z, backend)
-    (z,) = prepare(normalize, group, z)
+    how, (z,) = prepare(z, normalize=normalize, backend=backend, group=group, reduction=reduction)
 
     row = torch.arange(len(z), dtype=torch.int32, device=z.device)
     labels = labels.to(torch.int64).contiguous()
-    name = Group.name(group, reduction=reduction, normalize=normalize)
-    pairs = Pairs("by_label", (row,), (row,), labels=labels, group=name)
-    s = log_sum_exp(z, None, scale, None, None, pairs, need_cols=False, **at)
+    pairs = Pairs("by_label", (row,), (row,), labels=labels)
+    s = log_sum_exp(z, None, scale, None, None, pairs, how, need_cols=False)
     alone = s.alone
     # Filled before the arithmetic, not after: inf - inf of an anchor that does not count would make its gradient NaN.
     pos, gap = s.row_pos.masked_fill(alone, 0.0), s.row_gap.masked_fill(alone, 0.0)
