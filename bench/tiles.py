@@ -25,7 +25,7 @@ from flashcl.backends import tiled, triton as backend
 from flashcl.cli.arguments import at_least_one
 from flashcl.cli.bench.machine import Clock, Products, environment
 from flashcl.cli.bench.suites import Workload
-from flashcl.cli.info import default_device
+from flashcl.cli.text import default_device
 from flashcl.engine.problem import Needs, Problem, Sigmoid, Softmax
 from flashcl.triton_kernels.config import entry
 

@@ -7,7 +7,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from flashcl.dtypes import DTYPES, computed_dtype, statistic_dtype, wide
 
 
 def embeddings(group: object | None = None, **named: Tensor) -> None:
@@ -20,7 +20,7 @@ def embeddings(group: object | None = None, **named: Tensor) -> None:
             raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
         if x.dim() != 2:
             raise ValueError(f"{name} must have shape (rows, D), got {tuple(x.shape)}")
-        if x.dtype not in _DTYPES:
+        if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}")
         if x.shape[1] == 0 or (x.shape[0] == 0 and group is None):
             raise ValueError(f"{name} must have at least one row and one column, got shape {tuple(x.shape)}")
@@ -30,14 +30,6 @@ def embeddings(group: object | None = None, **named: Tensor) -> None:
             raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, got {x.device}")
         if x.shape[1] != first.shape[1]:
             raise ValueError(f"{name} must have the D of {first_name}, {first.shape[1]}, got {x.shape[1]}")
-
-
-def computed_dtype(x: Tensor) -> torch.dtype:
-    """What the engine gets x in: inside torch.autocast its dtype, but for float64."""
-    device = x.device.type
-    if x.dtype == torch.float64 or device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta
-        return x.dtype
-    return torch.get_autocast_dtype(device)
 
 
 def same_rows(first_name: str, first: Tensor, name: str, x: Tensor, why: str) -> None:
@@ -87,16 +79,6 @@ def inverse_temperature(temperature: float | Tensor, x: Tensor) -> Tensor:
         raise ValueError(f"temperature must be positive, got {temperature}")
     # Before it is rounded, either way. PyTorch 2.11 makes a constant of a number in 1 / number.
     return _constant(value, x).reciprocal() if torch.compiler.is_compiling() else _constant(1 / value, x)
-
-
-def wide(value: Tensor, x: Tensor) -> Tensor:
-    """In the dtype of the statistics of x."""
-    return value.to(statistic_dtype(x))
-
-
-def statistic_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64 embeddings, else float32."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def vector(name: str, value: Tensor | None, rows: int, x: Tensor) -> None:

@@ -16,8 +16,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashcl.cli import corpus, demo, encoder, main, memory, report, training
-from flashcl.cli.encoder import Bags, Encoder, features, words
+from flashcl.cli import demo, main, memory, text
+from flashcl.cli.demo import corpus, encoder, report, training
+from flashcl.cli.demo.encoder import Bags, Encoder, features, words
 
 VERBS = "parse read write merge sort split count delete update encode decode compress".split()
 NOUNS = "date string matrix graph archive socket header image table queue token folder".split()
@@ -178,7 +179,7 @@ def test_identifiers_are_split():
 
 
 def test_hashing_is_the_same_in_every_process():
-    program = "from flashcl.cli.encoder import features; print(features('parse'))"
+    program = "from flashcl.cli.demo.encoder import features; print(features('parse'))"
     environment = os.environ | {"PYTHONHASHSEED": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     there = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
     assert there.stdout.strip() == str(features("parse"))
@@ -383,5 +384,5 @@ def test_progress_on_a_terminal(monkeypatch, capsys, rich):
 
 
 def test_sizes_in_words():
-    shown = [report.size(count) for count in (0, 2000, 300 * 2**20, 5 * 2**30)]
+    shown = [text.size(count) for count in (0, 2000, 300 * 2**20, 5 * 2**30)]
     assert shown == ["0 B", "2.0 KiB", "300 MiB", "5.0 GiB"]

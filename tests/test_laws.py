@@ -13,12 +13,14 @@ LONGEST, WIDEST = 600, 130  # lines of a file, characters of a line (pyproject.t
 
 # Who may import what of flashcl, by longest matching prefix; `checks` is the common gate of all public functions.
 MAY_IMPORT = {
-    "flashcl.losses": {"flashcl.losses.common", "flashcl.engine", "flashcl.checks"},
-    "flashcl.engine": {"flashcl.engine", "flashcl.backends", "flashcl.checks"},
+    "flashcl.losses": {"flashcl.losses.common", "flashcl.engine", "flashcl.checks", "flashcl.dtypes"},
+    "flashcl.engine": {"flashcl.engine", "flashcl.checks", "flashcl.dtypes"},
+    "flashcl.engine.dispatch": {"flashcl.engine", "flashcl.backends", "flashcl.checks", "flashcl.dtypes"},
     "flashcl.backends": {"flashcl.backends.gemm", "flashcl.backends.tiled", "flashcl.engine.problem", "flashcl.triton_kernels", "flashcl._C"},
     "flashcl.backends.gemm": set(),
     "flashcl.reference": set(),
-    "flashcl.checks": set(),
+    "flashcl.checks": {"flashcl.dtypes"},
+    "flashcl.dtypes": set(),
     "triton_kernels": {"triton_kernels"},  # installed as flashcl.triton_kernels, where it imports itself relatively
 }
 MAY_IMPORT_REFERENCE = ("flashcl.contract", "flashcl.cli", "flashcl.reference")  # and flashcl itself, when asked for it

@@ -76,7 +76,7 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool = False, workspace: int = t
     def fold(sums: Tensor, out: Tensor, *, first: bool, last: bool) -> None:
         _C.fold(sums, out, first, last, stream)
 
-    with _on(p.x.device) as stream:
+    with _on(p.x.device) as stream:  # which launch and fold read
         return tiled.sweep(p, need_cols, workspace / _bytes_of_sums(p), _C.TILE, launch, fold)
 
 
@@ -166,10 +166,11 @@ def grad(
             scaled[:, : _tiles(i)] *= 0.5  # there G + G^T meets every pair twice
         return sums
 
-    p = dataclasses.replace(p, x=a.x[:, :D], y=a.y[:, :D])
-    with _on(p.x.device) as stream:
-        blocks = _strips(p, workspace / p.x.itemsize)
-        return tiled.grad(p, c, needs, _C.TILE, blocks, lambda i, j: (_whole(i), _whole(j)), launch)
+    blocks = _strips(p, workspace / p.x.itemsize)
+    # The aligned copies, if there are any, less their columns of zeros: what the GEMMs write has D.
+    loaded = dataclasses.replace(p, x=a.x[:, :D], y=a.y[:, :D])
+    with _on(p.x.device) as stream:  # which launch reads
+        return tiled.grad(loaded, c, needs, _C.TILE, blocks, lambda i, j: (_whole(i), _whole(j)), launch)
 
 
 def _launch(block, row: tiled.Side, col: tiled.Side | None, sums: tiled.TileSums, g: Tensor | None, about, stream) -> None:
@@ -194,8 +195,8 @@ class _Arguments(NamedTuple):
     logit_scale: Tensor
     row_bias: Tensor | None
     col_bias: Tensor | None
-    rows: tuple[Tensor, ...]  # id, range of the ids of each tile, label
-    cols: tuple[Tensor, ...]
+    rows: _Ids
+    cols: _Ids
     center: Tensor | None
     col_center: Tensor | None
 
@@ -206,37 +207,48 @@ class _Arguments(NamedTuple):
         y = x if p.triangular else tiled.aligned(p.y.detach(), 8)
         biases = (None if v is None else _pad(v.detach()) for v in (p.row_bias, p.col_bias))
         centers = (None if v is None else _pad(v) for v in (p.center, p.col_center))
-        rows = _ids(p.rows)
-        cols = rows if all(map(_same, p.rows, p.cols)) else _ids(p.cols)
+        rows = _Ids.of(p.rows)
+        cols = rows if all(map(_same, p.rows, p.cols)) else _Ids.of(p.cols)
         return _Arguments(x, y, p.logit_scale.detach(), *biases, rows, cols, *centers)
 
     def block(self, i: slice, j: slice, triangular: bool = False) -> Any:
         """Rows i and columns j of S, whose starts are multiples of TILE."""
 
-        def vectors(side: str, ids: tuple[Tensor, ...], start: int) -> dict[str, Tensor]:
-            cuts = start, start // _C.TILE, start
-            return {f"{side}_{name}": v[cut:] for name, v, cut in zip(("id", "range", "label"), ids, cuts)}
-
         row_bias, col_bias = (
             None if b is None else b[at.start :] for b, at in ((self.row_bias, i), (self.col_bias, j))
         )
-        ids = vectors("row", self.rows, i.start) | vectors("col", self.cols, j.start)
+        sides = ("row", self.rows, i.start), ("col", self.cols, j.start)
+        ids = {f"{side}_{k}": v for side, lines, start in sides for k, v in lines.at(start)._asdict().items()}
         return _C.Block(self.x[i], self.y[j], self.logit_scale, row_bias, col_bias, **ids, triangular=triangular)
+
+
+class _Ids(NamedTuple):
+    """What a pair program reads of the rows, or of the columns."""
+
+    id: Tensor | None = None  # (n,) in whole tiles
+    range: Tensor | None = None  # (tiles, 2) the smallest and the largest id of each tile
+    label: Tensor | None = None  # (n,)
+
+    @staticmethod
+    def of(vectors: tuple[Tensor, ...]) -> _Ids:
+        """Of the `rows`, or `cols`, of a Problem."""
+        if not vectors:
+            return _Ids()
+        id, *label = map(_pad, vectors)
+        tiles = id.unflatten(0, (-1, _C.TILE))
+        ranges = id.new_empty(len(tiles), 2)
+        torch.aminmax(tiles, dim=1, out=(ranges[:, 0], ranges[:, 1]))
+        return _Ids(id, ranges, *label)
+
+    def at(self, start: int) -> _Ids:
+        """From the line `start` on, the first of a tile."""
+        cuts = start, start // _C.TILE, start
+        return _Ids(*(None if v is None else v[cut:] for v, cut in zip(self, cuts)))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether two vectors are the same memory."""
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
-
-
-def _ids(vectors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    if not vectors:
-        return ()
-    id, *label = map(_pad, vectors)
-    tiles = id.unflatten(0, (-1, _C.TILE))
-    ranges = id.new_empty(len(tiles), 2)
-    torch.aminmax(tiles, dim=1, out=(ranges[:, 0], ranges[:, 1]))
-    return id, ranges, *label
 
 
 def _pad(v: Tensor) -> Tensor:

@@ -73,8 +73,8 @@ def aligned(x: Tensor, multiple: int) -> Tensor:
     256 rows of the largest tile would be out of reach of an int32.
     """
     (N, D), (row, element) = x.shape, x.stride()
-    whole = element == 1 and row >= D and D % multiple == 0 and row % multiple == 0 and x.data_ptr() % 16 == 0
-    if whole and 256 * row < 2**31:
+    as_wanted = element == 1 and row >= D and D % multiple == 0 and row % multiple == 0 and x.data_ptr() % 16 == 0
+    if as_wanted and 256 * row < 2**31:
         return x
     padded = x.new_zeros(N, -(-D // multiple) * multiple)
     padded[:, :D] = x
@@ -209,26 +209,26 @@ def grad(
     c: Softmax | Sigmoid,
     needs: Needs,
     tile: int,
-    blocks: Iterable[tuple[slice, slice]],
+    walk: Iterable[tuple[slice, slice]],
     shape: Callable,
     launch: Callable,
 ) -> Grads:
-    """Gradients from all blocks (i, j) of S: each leaves its G, which goes through GEMMs with x and y.
+    """Gradients from all blocks (i, j) of S, in the order of `walk`: each leaves its G, which goes through GEMMs with x and y.
 
     shape(i, j): of the G of a block, in whole tiles. tile: a multiple of their edges.
     launch(i, j, row, col, g) writes it to g (None where not wanted), from the coefficients of its rows and of its columns, and
     returns TileSums. A block on the diagonal of S = S^T begins with as many columns as it has rows, and these hold G + G^T
     already: only from there on it counts for its columns, too.
     """
-    blocks = list(blocks)
+    walk = list(walk)
     c, lift = lifted(c, p.x.dtype)
     row, col = sides(p, c, tile)
     total, scaled = Grads.empty(p, c, needs._replace(scale=False)), []
     buffer = None  # of G
     if total.dx is not None or total.dy is not None:
-        largest = max((math.prod(shape(i, j)) for i, j in blocks), default=0)
+        largest = max((math.prod(shape(i, j)) for i, j in walk), default=0)
         buffer = torch.empty(largest, dtype=p.x.dtype, device=p.x.device)
-    for i, j in blocks:
+    for i, j in walk:
         size = shape(i, j)
         g = None if buffer is None else buffer[: math.prod(size)].view(size)
         sums = launch(i, j, row.at(i), None if col is None else col.at(j), g)

@@ -74,7 +74,7 @@ class _Tiles:
 
     def __init__(self, p: Problem, *, keep: Tensor | None = None, kept: Tensor | None = None):
         self.p = p
-        self._store, self._stored, self._offset = (keep, False, 0) if kept is None else (kept, True, 0)
+        self._store, self._stored, self._offset = keep if kept is None else kept, kept is not None, 0
         self.bn, self.bm = _GPU_TILE if p.x.is_cuda else _CPU_TILE
         # A CPU has no 16-bit GEMM with a float32 result: there the operands are widened, a block at a time.
         self.operand_dtype = p.x.dtype if p.x.is_cuda else p.stat_dtype
@@ -363,46 +363,43 @@ def grad(
     c, lift = tiled.lifted(c, tiles.operand_dtype)
 
     total = Grads.zeros(p, c, needs)
-    dx, dy = total.dx, total.dy
     row_sum = None if total.row_sum is None else total.row_sum.double()  # each tile may add less than float32 rounds off
-    about = None
+    rows = cols = about = None
     if isinstance(c, Softmax):
-        about = c.about
-        rows = _Side.of(c.row_weight, c.row_top, c.row_offset)
+        rows, about = _Side.of(c.row_weight, c.row_top, c.row_offset), c.about
         cols = rows if p.triangular else _Side.of(c.col_weight, c.col_top, c.col_offset)
-
     for i, x in tiles.rows():
-        for j, y, s, classes, product, free in tiles.along(i, x):
+        for tile in tiles.along(i, x):
+            j, diagonal = tile.j, p.triangular and tile.j.start == i.start
             if isinstance(c, Sigmoid):
-                row_sum[i] += softplus(s).sum(1) * c.row_weight[i]
-                g = s.sigmoid_().mul_(c.row_weight[i, None])  # (BN, BM)
+                row_sum[i] += softplus(tile.s).sum(1) * c.row_weight[i]
+                g = tile.s.sigmoid_().mul_(c.row_weight[i, None])  # (BN, BM)
             else:
-                col = None if cols is None or (p.triangular and j.start == i.start) else cols.at(j)
-                g = _softmax_tile(s, classes.positive, free, rows.at(i), col)
-                if classes.dropped is not None:  # 0 already, unless the log-sum-exp of its row is NaN
-                    _fill_(g, classes.dropped, 0.0)
+                g = _softmax_tile(tile, rows.at(i), None if cols is None or diagonal else cols.at(j))
             if needs.scale:
-                centered = product if about is None else torch.sub(product, about, out=free)
-                total.d_scale.add_(torch.mul(centered, g, out=free).sum(1).sum(dtype=torch.float64))
-            if p.triangular and j.start == i.start:
+                centered = tile.product if about is None else torch.sub(tile.product, about, out=tile.free)
+                total.d_scale.add_(torch.mul(centered, g, out=tile.free).sum(1).sum(dtype=torch.float64))
+            if diagonal:
                 # Not exp(s_ij - lse_j): a GEMM may round s_ij and s_ji apart, and lse_j has seen s_ji.
                 g = g + g.T
             if needs.row_bias:
                 total.g_rows[i] += g.sum(1)
             if needs.col_bias:
                 total.g_cols[j] += g.sum(0)
-            g = g.to(tiles.operand_dtype)
-            if dx is not None:
-                addmm_(dx[i], g, y)
-            if dy is not None:
-                addmm_(dy[j], g.T, x)
-            if p.triangular and dx is not None and j.start > i.start:
-                addmm_(dx[j], g.T, x)
-
+            # The gradient of a column of S = S^T is that of its row, but where the tile has both.
+            of_cols = total.dy if not p.triangular else None if diagonal else total.dx
+            _add_products_(g.to(tiles.operand_dtype), (total.dx, i, tile.y), (of_cols, j, x))
     if row_sum is not None:
         total.row_sum.copy_(row_sum)
     tiled.unlift_(total, lift)
     return total
+
+
+def _add_products_(g: Tensor, rows: tuple[Tensor | None, slice, Tensor], cols: tuple[Tensor | None, slice, Tensor]) -> None:
+    """dx[i] += G y and dy[j] += G^T x, where these are wanted: (dx, i, y) and (dy, j, x)."""
+    for operand, (total, at, other) in ((g, rows), (g.T, cols)):
+        if total is not None:
+            addmm_(total[at], operand, other)
 
 
 class _Side(NamedTuple):
@@ -429,8 +426,15 @@ class _Side(NamedTuple):
         return top.min().item(), top.masked_fill(top == torch.inf, -torch.inf).max().item()
 
 
-def _softmax_tile(s: Tensor, positive: _Pairs | None, free: Tensor, row: _Side, col: _Side | None) -> Tensor:
-    """G (BN, BM) of a tile of logits, which it overwrites."""
+def _softmax_tile(tile: _Tile, row: _Side, col: _Side | None) -> Tensor:
+    """G (BN, BM) of a tile, whose logits it overwrites."""
+    g = _softmax_of_classes(tile.s, tile.classes.positive, tile.free, row, col)
+    if tile.classes.dropped is not None:  # 0 already, unless the log-sum-exp of its row is NaN
+        _fill_(g, tile.classes.dropped, 0.0)
+    return g
+
+
+def _softmax_of_classes(s: Tensor, positive: _Pairs | None, free: Tensor, row: _Side, col: _Side | None) -> Tensor:
     if positive is None:
         return _weighted_exp(s, free, row, col, 0)
     if isinstance(positive, tuple):

@@ -180,8 +180,9 @@ def grad(
         return sums
 
     blocks = tiled.blocks(p, plan.workspace / p.x.itemsize, plan.step())
-    p = dataclasses.replace(p, x=loadable.x[:, :D], y=loadable.y[:, :D])
-    return tiled.grad(p, c, needs, config.LARGEST, blocks, shape, launch)
+    # The aligned copies, if there are any, less their columns of zeros: what the GEMMs write has D.
+    loaded = dataclasses.replace(p, x=loadable.x[:, :D], y=loadable.y[:, :D])
+    return tiled.grad(loaded, c, needs, config.LARGEST, blocks, shape, launch)
 
 
 def _grad_entry(p: Problem, c: Softmax | Sigmoid, need_scale: bool) -> str:

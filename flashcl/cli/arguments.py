@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from flashcl.cli.info import default_device
+from flashcl.cli.text import default_device
 
 
 class UsageError(ValueError):

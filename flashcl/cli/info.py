@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import platform
 
 import torch
 
 import flashcl
+from flashcl.cli.text import default_device, describe, version
+from flashcl.dtypes import DTYPES
 from flashcl.engine import dispatch
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def add_parser(commands) -> None:
@@ -47,33 +45,6 @@ def _use(backend: str, device: torch.device) -> str:
     reasons = {dtype: dispatch.unusable(backend, device, dtype) for dtype in DTYPES}
     served = [str(dtype).removeprefix("torch.") for dtype, reason in reasons.items() if reason is None]
     return f"usable: {', '.join(served)}" if served else f"not usable: {reasons[torch.bfloat16]}"
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def describe(device: torch.device) -> str:
-    """The device in words, for reports that carry measurements."""
-    if device.type == "cuda":
-        p = torch.cuda.get_device_properties(device)
-        return f"{p.name}, sm_{p.major}{p.minor}, {p.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
-    return f"CPU: {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), "unknown")
-    except OSError:  # not Linux
-        return platform.processor() or "unknown"
-
-
-def version(package: str, missing: str = "not installed") -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return missing
 
 
 def _extension() -> str:

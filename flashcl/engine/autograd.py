@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from flashcl import checks
+from flashcl.dtypes import statistic_dtype
 from flashcl.engine import distributed, ops
 from flashcl.engine.dispatch import Execution
 from flashcl.engine.positives import Partner, SameLabel
@@ -108,7 +108,7 @@ def _rounded(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[torch.dty
 
 
 def _statistic_dtype(x: Tensor, logit_scale: Tensor, *biases: Tensor | None) -> list[Tensor | None]:
-    dtype = checks.statistic_dtype(x)
+    dtype = statistic_dtype(x)
     return [logit_scale.to(x.device, dtype).reshape(1), *(None if b is None else b.to(dtype) for b in biases)]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from flashcl import checks
+from flashcl.dtypes import computed_dtype
 from flashcl.engine.exchange import choose_strategy
 from flashcl.engine.problem import Backend
 from flashcl.engine.ranks import Group
@@ -38,7 +39,7 @@ def unusable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def choose(backend: str, x: Tensor) -> str:
     """The name of the backend that serves x, in the dtype that the engine gets it in. An explicit name never falls back."""
-    dtype = checks.computed_dtype(x)
+    dtype = computed_dtype(x)
     if backend == "auto":
         backend = _auto(x.device, dtype)
     if backend not in BACKENDS:
@@ -60,7 +61,7 @@ class Execution:
     def of(x: Tensor, backend: str, group: Group | None, **same: object) -> Execution:
         """For embeddings like x. `same`: arguments of the loss in which the ranks of a group must agree."""
         encoded = "" if group is None else group.encode(**same)
-        return Execution(checks.computed_dtype(x), choose(backend, x), encoded)
+        return Execution(computed_dtype(x), choose(backend, x), encoded)
 
 
 def explain(x: Tensor, y: Tensor | None = None, *, group: ProcessGroup | Group | None = None) -> str:
@@ -71,7 +72,7 @@ def explain(x: Tensor, y: Tensor | None = None, *, group: ProcessGroup | Group |
     Raises what the losses would: ValueError or TypeError, RuntimeError if no backend serves such tensors.
     """
     checks.embeddings(group, x=x, y=x if y is None else y)
-    y, dtype = x if y is None else y, checks.computed_dtype(x)
+    y, dtype = x if y is None else y, computed_dtype(x)
     lines = [f"{len(x)} x {len(y)} logits of width {x.shape[1]}, {dtype} on {x.device}"]
     chosen = choose("auto", x)
     for name in BACKENDS:

@@ -23,6 +23,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from flashcl.dtypes import statistic_dtype
+
 CLASSES = {"all": 1, "different": 1, "by_label": 2}  # program -> number of pair classes K
 
 
@@ -65,7 +67,7 @@ class Problem:
 
     @property
     def stat_dtype(self) -> torch.dtype:
-        return torch.float64 if self.x.dtype == torch.float64 else torch.float32
+        return statistic_dtype(self.x)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from flashcl.checks import one_of, wide
+from flashcl.checks import one_of
+from flashcl.dtypes import wide
 from flashcl.engine import distributed
 from flashcl.engine.dispatch import Execution
 from flashcl.engine.ranks import Group

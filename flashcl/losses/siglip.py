@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from flashcl import checks
+from flashcl.dtypes import wide
 from flashcl.engine.autograd import Pairs, softplus_sum
 from flashcl.engine.ranks import Group
 from flashcl.losses.common import REDUCTIONS, eager_over_ranks, parameter, prepare, reduce
@@ -47,7 +48,7 @@ def siglip(
     checks.one_of("reduction", reduction, REDUCTIONS)
     group = Group.of(group, reduction)
     scale = parameter(checks.scalar("logit_scale", logit_scale, x), group)
-    bias = parameter(checks.wide(checks.scalar("logit_bias", logit_bias, x), x), group)
+    bias = parameter(wide(checks.scalar("logit_bias", logit_bias, x), x), group)
     how, (x, y) = prepare(x, y, normalize=normalize, backend=backend, group=group, reduction=reduction, logit_bias=bias)
 
     row = torch.arange(len(x), dtype=torch.int32, device=x.device)

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from flashcl import checks
+from flashcl.dtypes import wide
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
 from flashcl.losses.common import eager_over_ranks, prepare
@@ -63,5 +64,5 @@ def similarity_logsumexp(
         row_id, col_id = (torch.arange(len(v), dtype=torch.int32, device=x.device) for v in (x, y))
         pairs = Pairs("different", (row_id,), (col_id,))
     s = log_sum_exp(x, y, scale, row_bias, col_bias, pairs, how, need_cols=axis == "both")
-    row = checks.wide(s.row_neg, x)
-    return (row, checks.wide(s.col_neg, x)) if axis == "both" else row
+    row = wide(s.row_neg, x)
+    return (row, wide(s.col_neg, x)) if axis == "both" else row

@@ -17,7 +17,7 @@ import torch
 import flashcl
 from flashcl.cli.bench.providers import WRITTEN_FOR
 from flashcl.cli.bench.suites import Workload
-from flashcl.cli.info import describe, version
+from flashcl.cli.text import describe, version
 
 CHUNK = {"cuda": 4096, "cpu": 1024}  # rows of S that a chunked backward makes at a time
 WIDEST = {"cuda": 65_536, "cpu": 16_384}  # beyond, products get longer but no faster

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flashcl.cli.arguments import UsageError
 from flashcl.cli.bench.suites import KEY, Workload
-from flashcl.cli.report import size, table
+from flashcl.cli.text import size, table
 
 STATUSES = ("ok", "oom", "wrong", "failed", "skipped")
 

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 
 import flashcl
-from flashcl.cli import corpus, memory, report, search, training
+from flashcl.cli import memory
 from flashcl.cli.arguments import UsageError, at_least_one, choose_device, positive
-from flashcl.cli.encoder import DIM
-from flashcl.cli.info import describe
+from flashcl.cli.demo import corpus, report, search, training
+from flashcl.cli.demo.encoder import DIM
+from flashcl.cli.demo.training import Data, Run
 from flashcl.cli.memory import Measured
-from flashcl.cli.training import Data, Run
+from flashcl.cli.text import describe
 
 LARGE_BATCH = {"cpu": 16_384, "cuda": 32_768}
 MIN_PAIRS = 100

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashcl.cli import memory, report
-from flashcl.cli.corpus import Pair
-from flashcl.cli.encoder import Bags, Encoder
+from flashcl.cli import memory
+from flashcl.cli.demo import report
+from flashcl.cli.demo.corpus import Pair
+from flashcl.cli.demo.encoder import Bags, Encoder
 
 LEARNING_RATE = 0.03
 HELD_OUT = 2_000

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from flashcl.cli import encoder as model
+from flashcl.cli.demo import encoder as model
 from flashcl.cli.arguments import UsageError
-from flashcl.cli.corpus import Pair
-from flashcl.cli.encoder import Bags, Encoder
+from flashcl.cli.demo.corpus import Pair
+from flashcl.cli.demo.encoder import Bags, Encoder
 
 ANSWERS = 10
 CHUNK = 4096

@@ -1,10 +1,9 @@
-"""What `flashcl demo` shows: progress bars, the table, the plot. rich and matplotlib are used where installed."""
+"""What `flashcl demo` shows: progress bars, the table of runs, the plot. rich and matplotlib are used where installed."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -14,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashcl.cli.memory import METHOD, Measured, find
+from flashcl.cli.text import size, table
 
 if TYPE_CHECKING:
-    from flashcl.cli.training import Run  # which shows its progress with this module
+    from flashcl.cli.demo.training import Run  # which shows its progress with this module
 
 COLORS = {"dense": "#e07b39", "flashcl": "#1f5fa8", "large": "#2a9d6f"}
 Update = Callable[..., None]  # (fraction done, note)
@@ -60,27 +60,6 @@ def track(items: Iterable, total: int, description: str) -> Iterator:
         for done, item in enumerate(items, 1):
             yield item
             update(done / total)
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Columns aligned to the right, the first to the left. A row that is shorter than the header ends in free text."""
-    full = [header, *(row for row in rows if len(row) == len(header))]
-    widths = [max(map(len, column)) for column in zip(*full)]
-    widths[0] = max(len(row[0]) for row in [header, *rows])
-
-    def line(row: list[str]) -> str:
-        cells = row if len(row) == len(header) else row[:-1]
-        aligned = [cells[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:]))]
-        return "  ".join(aligned if cells is row else [*aligned, row[-1]])
-
-    return "\n".join([line(header), "-" * len(line(header)), *map(line, rows)])
-
-
-def size(count: float) -> str:
-    """Bytes in words."""
-    power = min(int(math.log(max(count, 1), 1024)), 4)
-    value = count / 1024**power
-    return f"{value:.{1 if power and value < 100 else 0}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
 
 
 def summary(
