@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from numbers import Real
 
 import torch
@@ -45,7 +46,10 @@ def scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
         return value.reshape(()).to(x.device)
-    return _constant(number(name, value), x)
+    value, largest = number(name, value), torch.finfo(statistic_dtype(x)).max
+    if largest < abs(value) < math.inf:
+        raise ValueError(f"{name} must be within ±{largest:.2g}, what {str(statistic_dtype(x))[6:]} holds, got {value}")
+    return _constant(value, x)
 
 
 def number(name: str, value: float) -> float:
@@ -75,8 +79,9 @@ def inverse_temperature(temperature: float | Tensor, x: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         return wide(scalar("temperature", temperature, x), x).reciprocal()
     value = number("temperature", temperature)
-    if not value > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+    largest = torch.finfo(statistic_dtype(x)).max
+    if not value > 0 or value * largest < 1:
+        raise ValueError(f"temperature must be positive, and 1 / temperature at most {largest:.2g}, got {temperature}")
     # Before it is rounded, either way. PyTorch 2.11 makes a constant of a number in 1 / number.
     return _constant(value, x).reciprocal() if torch.compiler.is_compiling() else _constant(1 / value, x)
 

@@ -1,6 +1,7 @@
 """Wrong arguments: each error names the argument, what came and what was expected. NaN in data is none."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -162,6 +163,21 @@ def test_exactly_one_of_temperature_and_logit_scale():
 def test_temperature_must_be_positive(function, value):
     with raises(ValueError, "temperature", "positive", str(value)):
         function(temperature=value)
+
+
+@pytest.mark.parametrize("function", TEMPERATURES, ids=named)
+def test_inverse_temperatures_are_numbers_of_their_dtype(function):
+    for value in (1e-39, 1e-320):
+        with raises(ValueError, "temperature", "1 / temperature at most", str(value)):
+            function(temperature=value)
+    assert function(temperature=1e-38).dtype == torch.float32  # 1e38
+
+
+@pytest.mark.parametrize("name", ["logit_scale", "logit_bias"])
+@pytest.mark.parametrize("value", [1e39, -1e300])
+def test_scalars_are_numbers_of_their_dtype(name, value):
+    with raises(ValueError, name, "within", "float32", re.escape(str(value))):
+        flashcl.siglip(X, X, **dict(logit_scale=1.0, logit_bias=0.0) | {name: value})
 
 
 @pytest.mark.parametrize("function, name", SCALARS, ids=named)
