@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import itertools
+import math
 import os
 import runpy
 import socket
@@ -22,7 +23,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.functional import cross_entropy, logsigmoid
 from torch.nn.parallel import DistributedDataParallel
-from world import in_the_world, run_world
+from world import TIMEOUT, in_the_world, run_world
 
 import flashcl
 from flashcl.cli.plan import LOSSES as LOSSES_OF_PLAN
@@ -205,7 +206,7 @@ def compiled(rank, world) -> list[str]:
 
 
 def deterministic(rank, world) -> list[str]:
-    """The same inputs give the same bits, and every rank's d(logit_scale) is its own share of them."""
+    """The same inputs give the same bits."""
     generator = torch.Generator().manual_seed(rank)
     x, y = (torch.randn(9, D, generator=generator).requires_grad_() for _ in range(2))
     runs = []
@@ -551,6 +552,22 @@ def a_rank_dies(rank, world) -> list[str]:
     return wrong + [f"it took {time.monotonic() - start} s"] * (time.monotonic() - start > 30)
 
 
+def a_group_made_again(rank, world, folder) -> list[str]:
+    """After an error on one rank alone, which makes the ranks disagree for good, a new group under the old name is a new one."""
+    x = torch.ones(3, D)
+    flashcl.info_nce(x, x, temperature=1.0, group=dist.group.WORLD)
+    with pytest.raises((ValueError, RuntimeError)):
+        flashcl.info_nce(x, x[: 3 - rank], temperature=1.0, group=dist.group.WORLD)  # refused on rank 1 before it meets the others
+        flashcl.info_nce(x, x, temperature=1.0, group=dist.group.WORLD)
+    name = dist.group.WORLD.group_name
+    dist.destroy_process_group()
+    store = dist.FileStore(f"{folder}/again", world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    value = flashcl.info_nce(x, x, temperature=1.0, group=dist.group.WORLD).item()
+    wrong = [f"another name, {dist.group.WORLD.group_name}, shows nothing"] * (dist.group.WORLD.group_name != name)
+    return wrong + [f"loss {value}"] * (abs(value - math.log(3 * world)) > 1e-6)
+
+
 # ---- one spawn per world -------------------------------------------------------------------------------------------------
 
 # In which worlds: what takes long there runs where it says most, in one of an even and one of an odd number of ranks.
@@ -597,6 +614,10 @@ def test_world(world, name):
 def test_a_rank_that_dies_is_an_error_on_the_others():
     wrong = run_world(3, a_rank_dies, survivors=True)
     assert [w for w in wrong if w is not None] == [[], []]
+
+
+def test_a_group_that_is_made_again(tmp_path):
+    assert run_world(2, functools.partial(a_group_made_again, folder=str(tmp_path))) == [[], []]
 
 
 @pytest.mark.parametrize("example", ["plain", "ddp", "fsdp2"])

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import flashcl
 from flashcl import reference
@@ -129,13 +130,40 @@ def test_operators_keep_their_word(monkeypatch):
         monkeypatch.setattr(module, name, lambda *args, real=real: (seen.append((real, copied(args))), real(*args))[1])
     for call in CALLS.values():
         call(leaf(), leaf(seed=1), scalar(0.3)).backward()
+    CALLS["info_nce"](leaf(dtype=torch.bfloat16), leaf(seed=1, dtype=torch.bfloat16), scalar(0.3)).backward()
     checked = set()
     for op, args in seen:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
         checked.add(op._schema.name)
-    engine = {"sweep", "sweep_softplus", "grad", "partner_products", "tile_ratio", "finish"}
+    engine = {"sweep", "sweep_softplus", "grad", "partner_products", "tile_ratio", "finish", "finish_"}
     labels = {"numbered", "label_sums", "label_products", "add_labels_"}
     assert checked == {f"flashcl::{name}" for name in engine | labels}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_selective_checkpoints(name):
+    """What a checkpoint keeps of an operator is right when it is used again, or it is an error: siglip writes to what grad gave."""
+    x, y, t = leaf(), leaf(seed=1), scalar(0.3)
+    expected = torch.autograd.grad(CALLS[name](x, y, t), (x, y, t))
+    for operator in (torch.ops.flashcl.grad.default, torch.ops.flashcl.sweep.default, torch.ops.flashcl.partner_products.default):
+        keep = functools.partial(create_selective_checkpoint_contexts, [operator])
+        loss = checkpoint(CALLS[name], x, y, t, use_reentrant=False, context_fn=keep)
+        if name == "siglip" and operator is torch.ops.flashcl.grad.default:
+            with pytest.raises(RuntimeError, match="mutated"):
+                loss.backward()
+            continue
+        for got, want in zip(torch.autograd.grad(loss, (x, y, t)), expected):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_saved_tensors_may_be_watched(name):
+    """By hooks that see every argument of every operator, and which of them it writes to."""
+    x, y, t = leaf(), leaf(seed=1), scalar(0.3)
+    expected = torch.autograd.grad(CALLS[name](x, y, t), (x, y, t))
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        for got, want in zip(torch.autograd.grad(CALLS[name](x, y, t), (x, y, t)), expected):
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("loss", ["info_nce", "siglip", "nt_xent"])

@@ -273,7 +273,7 @@ def _tile_sums(s: Tensor, free: Tensor, *, need_cols: bool) -> tuple[tuple, tupl
     """The same of all logits: one exp for each where that is safe."""
     if s.device.type == "cpu":
         top = s.amax()
-        e = torch.sub(s, top, out=free).exp_()  # (BN, BM)
+        e = _exp_(torch.sub(s, top, out=free))  # (BN, BM)
         row, col = e.sum(1), e.sum(0) if need_cols else None
         smallest = row.min() if col is None else min(row.min(), col.min())
         if smallest > _SAFE_SUM:  # NaN where the top is infinite
@@ -281,10 +281,17 @@ def _tile_sums(s: Tensor, free: Tensor, *, need_cols: bool) -> tuple[tuple, tupl
     return _own_top_sums(s, free, 1), _own_top_sums(s, free, 0) if need_cols else None
 
 
+def _exp_(v: Tensor) -> Tensor:
+    """exp, in place. Results below the smallest normal number, for which a CPU takes 10 to 35 times as long, are 0."""
+    if v.device.type == "cpu":
+        F.threshold_(v, math.log(torch.finfo(v.dtype).tiny), -math.inf)  # NaN stays
+    return v.exp_()
+
+
 def _own_top_sums(s: Tensor, free: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     top = s.amax(axis)
     shift = top.masked_fill(top.isinf(), 0.0)  # of no pair: the sum is 0; of +inf: it is +inf
-    return top, torch.sub(s, shift.unsqueeze(axis), out=free).exp_().sum(axis)
+    return top, _exp_(torch.sub(s, shift.unsqueeze(axis), out=free)).sum(axis)
 
 
 def _own_top_sums_of_pairs(s: Tensor, line: Tensor, n: int) -> tuple[Tensor, Tensor]:
@@ -460,14 +467,14 @@ def _weighted_exp(s: Tensor, free: Tensor, row: _Side, col: _Side | None, k: int
     """row.weight_i exp(s_ij - row.top_i) + col.weight_j exp(s_ij - col.top_j) of class k, (BN, BM), in place of s."""
     top, weight = row.top[k], row.weight[k]  # (BN,)
     if col is None:
-        return s.sub_(top[:, None]).exp_().mul_(weight[:, None])
+        return _exp_(s.sub_(top[:, None])).mul_(weight[:, None])
     col_top, col_weight = col.top[k], col.weight[k]  # (BM,)
     if s.device.type == "cpu" and (low := _common_shift(row.range(k), col.range(k))) is not None:
         a = weight * torch.exp(low - top.double()).to(s.dtype)
         b = col_weight * torch.exp(low - col_top.double()).to(s.dtype)
-        return s.sub_(low).exp_().mul_(torch.add(a[:, None], b, out=free))
-    torch.sub(s, top[:, None], out=free).exp_().mul_(weight[:, None])
-    return s.sub_(col_top).exp_().mul_(col_weight).add_(free)
+        return _exp_(s.sub_(low)).mul_(torch.add(a[:, None], b, out=free))
+    _exp_(torch.sub(s, top[:, None], out=free)).mul_(weight[:, None])
+    return _exp_(s.sub_(col_top)).mul_(col_weight).add_(free)
 
 
 def _common_shift(row: tuple[float, float], col: tuple[float, float]) -> float | None:

@@ -75,11 +75,14 @@ class _Exchange:
         return _whole(rows, r, slice(0, len(self.y)), self.y)
 
     def walk(self) -> Iterator[Block]:
-        """The blocks of this rank, its own first. give_back may be called for each before the next is asked for."""
+        """The blocks of this rank, its own first. give_back may be called once for each before the next is asked for.
+
+        What is sent is held until it has left: not every process group keeps a reference.
+        """
         raise NotImplementedError
 
     def give_back(self, block: Block, dy: Tensor) -> None:
-        """dy (m, D): the gradient for block.y"""
+        """dy (m, D): the gradient for block.y, of another rank"""
         raise NotImplementedError
 
 
@@ -111,6 +114,7 @@ class Ring(_Exchange):
         self._add(returning)
 
     def give_back(self, block: Block, dy: Tensor) -> None:
+        assert self._outgoing is None, "once for each block"
         self._outgoing = dy
 
     def _wanted(self, r: int, q: int) -> slice:
@@ -127,7 +131,7 @@ class Ring(_Exchange):
         lines = self.y.new_empty(wanted.stop - wanted.start, self.y.shape[1])
         return ranks.start_exchange([(to, self.y[self._wanted(to, r)])], [(source, lines)]), lines
 
-    def _return(self, k: int) -> tuple[list, Tensor, slice]:
+    def _return(self, k: int) -> tuple[list, Tensor, Tensor, slice]:
         ranks, r, size = self.ranks, self.ranks.rank, self.ranks.size
         to, source = (r + k) % size, (r - k) % size
         mine, outgoing = self._wanted(source, r), self._outgoing
@@ -135,11 +139,11 @@ class Ring(_Exchange):
             outgoing = self.home[:0]
         received = torch.empty_like(self.home[mine])
         self._outgoing = None
-        return ranks.start_exchange([(to, outgoing)], [(source, received)], "gradients"), received, mine
+        return ranks.start_exchange([(to, outgoing)], [(source, received)], "gradients"), outgoing, received, mine
 
-    def _add(self, returning: tuple[list, Tensor, slice] | None) -> None:
+    def _add(self, returning: tuple[list, Tensor, Tensor, slice] | None) -> None:
         if returning is not None:
-            work, received, mine = returning
+            work, _, received, mine = returning
             self.ranks.wait(work, "gradients")
             self.home[mine] += received
 
@@ -207,11 +211,11 @@ class Gather(_Exchange):
 
     def _return(self, c: int) -> tuple:
         received = self.home.new_empty(self._rows, self.home.shape[1])
-        return self.ranks.start_reduce_scatter(received, self._gradients), received, self._gradients, c * self._rows
+        return self.ranks.start_reduce_scatter(received, self._gradients), self._gradients, received, c * self._rows
 
     def _add(self, returning: tuple | None) -> None:
         if returning is not None:
-            work, received, _, start = returning
+            work, _, received, start = returning
             self.ranks.wait(work, "gradients")
             mine = self.home[start : start + len(received)]
             mine += received[: len(mine)]

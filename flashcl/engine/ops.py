@@ -2,7 +2,7 @@
 
     flashcl::sweep, flashcl::sweep_softplus    statistics of a block of logits
     flashcl::grad                              its gradients, given the coefficients of G
-    flashcl::partner_products, flashcl::finish what is O(N D) about a positive that each row has, forward and backward
+    flashcl::partner_products, flashcl::finish(_) what is O(N D) about a positive that each row has, forward and backward
     flashcl::tile_ratio                        such products as tiles have them, relative to what they are
 
 With a group (ranks.py) the block is this rank's share of the world's, and no graph is being made (losses/common.py); without
@@ -42,6 +42,12 @@ def operator(name: str, fake: Callable, mutates: tuple[str, ...] = ()) -> Callab
         return getattr(torch.ops.flashcl, name).default
 
     return register
+
+
+def written(v: Tensor) -> None:
+    """Called by an operator that has written to v: below autograd nothing counts that, and who keeps v would not notice."""
+    if not v.is_inference():
+        torch.autograd.graph.increment_version(v)
 
 
 def sweep(problem: Problem, how: Execution, *, need_cols: bool, keep: bool) -> Statistics:
@@ -93,9 +99,12 @@ def finish(
     acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, dtype: torch.dtype, *, backend: str
 ) -> Tensor:
     """scale (acc_i + weight_i other_j), j = (i + shift) mod C, (R, D) in that dtype: in place of acc where it is that of acc."""
-    out = None if acc.dtype == dtype else torch.empty_like(acc, dtype=dtype)
+    if acc.dtype == dtype:
+        _finish_(acc, other, weight, shift, scale, backend)
+        return acc
+    out = torch.empty_like(acc, dtype=dtype)
     _finish(acc, other, weight, shift, scale, out, backend)
-    return acc if out is None else out
+    return out
 
 
 @operator("partner_products", fake=lambda x, y, shift, backend: x.new_empty(x.shape[0], dtype=torch.float64))
@@ -119,16 +128,18 @@ def tile_ratio(x: Tensor, y: Tensor, products: Tensor, shift: int, backend: str)
 
 @operator("finish", fake=lambda *_: None, mutates=("acc", "out"))
 def _finish(
-    acc: Tensor,
-    other: Tensor | None,
-    weight: Tensor | None,
-    shift: int,
-    scale: Tensor,
-    out: Tensor | None,
-    backend: str,
+    acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor, backend: str
 ) -> None:
     shift = 0 if other is None else shift % max(len(other), 1)
-    dispatch.load(backend).finish(acc, other, weight, shift, scale, acc if out is None else out)
+    dispatch.load(backend).finish(acc, other, weight, shift, scale, out)
+    written(acc)
+
+
+@operator("finish_", fake=lambda *_: None, mutates=("acc",))
+def _finish_(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, backend: str) -> None:
+    shift = 0 if other is None else shift % max(len(other), 1)
+    dispatch.load(backend).finish(acc, other, weight, shift, scale, acc)
+    written(acc)
 
 
 def _unpack(p: Problem) -> tuple:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections import defaultdict
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,7 +111,8 @@ class Group:
 # Bytes of what a rank says, whatever it has to say: so ranks that disagree still understand each other.
 MESSAGE = 1024
 
-_meetings = defaultdict(itertools.count)  # group name -> numbers of its meetings
+# The numbers of the meetings of each group. Not by name: a group that is made after another was destroyed may have its name.
+_meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
 
 
 class Ranks:
@@ -122,7 +123,7 @@ class Ranks:
         self.rules, self.chunk_bytes = CONVENTIONS[convention], int(chunk_bytes)
         self.group = dist.distributed_c10d._resolve_process_group(name)
         self.rank, self.size, self.device = self.group.rank(), self.group.size(), device
-        self.what = f"{what}, number {next(_meetings[name])} in this group"
+        self.what = f"{what}, number {next(_meetings.setdefault(self.group, itertools.count()))} in this group"
         options = {"strategy": self.strategy, "convention": convention, "chunk_bytes": self.chunk_bytes}
         self.same = {"operation": self.what} | options | json.loads(arguments)
         self.counts: list[tuple[int, ...]] = []  # of each rank
