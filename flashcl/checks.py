@@ -46,16 +46,16 @@ def scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
         if not value.is_floating_point():
             raise TypeError(f"{name} must be a floating tensor, got {value.dtype}")
         return value.reshape(()).to(x.device)
-    value, largest = number(name, value), torch.finfo(statistic_dtype(x)).max
+    value, largest = number(name, value, "float or a one-element tensor"), torch.finfo(statistic_dtype(x)).max
     if largest < abs(value) < math.inf:
         raise ValueError(f"{name} must be within ±{largest:.2g}, what {str(statistic_dtype(x))[6:]} holds, got {value}")
     return _constant(value, x)
 
 
-def number(name: str, value: float) -> float:
+def number(name: str, value: float, kind: str = "float") -> float:
     """A number that is no tensor."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a float or a one-element tensor, got {type(value).__name__}")
+        raise TypeError(f"{name} must be a {kind}, got {type(value).__name__}")
     return float(value)
 
 
@@ -78,7 +78,7 @@ def logit_scale(x: Tensor, *, temperature: float | Tensor | None, logit_scale: f
 def inverse_temperature(temperature: float | Tensor, x: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
         return wide(scalar("temperature", temperature, x), x).reciprocal()
-    value = number("temperature", temperature)
+    value = number("temperature", temperature, "float or a one-element tensor")
     largest = torch.finfo(statistic_dtype(x)).max
     if not value > 0 or value * largest < 1:
         raise ValueError(f"temperature must be positive, and 1 / temperature at most {largest:.2g}, got {temperature}")

@@ -89,7 +89,7 @@ class _WithLogitScale(nn.Module):
 
     def extra_repr(self) -> str:
         value = "?" if self.log_logit_scale.is_meta else f"{self.logit_scale.item():.4g}"
-        kind = "learnable" if isinstance(self.log_logit_scale, nn.Parameter) else "fixed"
+        kind = "learnable" if self.log_logit_scale.requires_grad else "fixed"
         return ", ".join([f"logit_scale={value} ({kind})", *(f"{k}={v!r}" for k, v in self.options.items())])
 
 

@@ -137,3 +137,12 @@ def test_the_commands_without_a_script():
 def test_a_closed_pipe_is_no_error():
     done = subprocess.run(f"{FLASHCL} info | true", shell=True, capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+def test_without_docstrings_and_with_stdout_closed():
+    """`python -OO`, and `>&-` in a shell: there sys.stdout is None."""
+    for flags, redirected in (("-OO", ""), ("-B", ">&-")):
+        command = f"'{sys.executable}' {flags} -m flashcl info {redirected}"
+        done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=FLASHCL.parent)
+        assert done.returncode == 0, done.stderr
+        assert ("flashcl" in done.stdout) == (not redirected)

@@ -665,7 +665,9 @@ def test_autocast_of_towers_of_two_dtypes(backend):
     x, y = (v.float() for v in case("info_nce", "init").tensors.values() if v.dim() == 2)
     with torch.autocast("cpu", torch.bfloat16):
         got = flashcl.info_nce(x.bfloat16(), y, temperature=0.1, backend=backend)
+        of_views = flashcl.nt_xent(x.half(), y.bfloat16(), temperature=0.1, backend=backend)
     assert torch.equal(got, flashcl.info_nce(x.bfloat16(), y.bfloat16(), temperature=0.1, backend=backend))
+    assert torch.equal(of_views, flashcl.nt_xent(x.half().bfloat16(), y.bfloat16(), temperature=0.1, backend=backend))
     with pytest.raises(TypeError, match="y must have the dtype of x"):
         flashcl.info_nce(x.bfloat16(), y, temperature=0.1, backend=backend)
 

@@ -339,7 +339,17 @@ def test_search_without_an_encoder_says_what_to_do(tmp_path, capsys):
 def test_search_in_a_file_of_another_version_says_what_to_do(tmp_path, capsys):
     torch.save({"layout": [0]}, tmp_path / "encoder.pt")
     assert main(["demo", "--out", str(tmp_path), "--search", "anything"]) == 2
-    assert "another version" in capsys.readouterr().err
+    assert "not written by this version" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", "half"], ids=["empty", "text", "half"])
+def test_search_in_what_is_no_encoder_says_what_to_do(content, tmp_path, capsys):
+    if content == "half":
+        torch.save({"layout": list(range(1000))}, tmp_path / "encoder.pt")
+        content = (tmp_path / "encoder.pt").read_bytes()[:600]
+    (tmp_path / "encoder.pt").write_bytes(content)
+    assert main(["demo", "--out", str(tmp_path), "--search", "anything"]) == 2
+    assert "cannot be read: run `flashcl demo` first" in capsys.readouterr().err
 
 
 def test_too_little_code_is_refused(tmp_path, capsys):
@@ -358,7 +368,8 @@ def test_numbers_must_be_positive(option, capsys):
 
 
 def test_without_matplotlib_the_plot_is_skipped_aloud(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in ("matplotlib.backends.backend_agg", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)  # an ImportError
     demo.draw([], [], tmp_path / "demo.png", CPU)
     assert "plot skipped" in capsys.readouterr().out and not list(tmp_path.iterdir())
 

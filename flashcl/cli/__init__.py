@@ -16,7 +16,8 @@ from flashcl.cli.arguments import UsageError
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="flashcl", description=flashcl.__doc__.splitlines()[0])
+    about = "Contrastive losses for PyTorch that never store the N x M logits."
+    parser = argparse.ArgumentParser(prog="flashcl", description=about)
     parser.add_argument("--version", action="version", version=f"flashcl {flashcl.__version__}")
     commands = parser.add_subparsers(title="commands", required=True)
     for command in (info, check, bench, demo, plan):
@@ -24,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         code = args.run(args)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by whoever started this
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return 130  # as a shell reports a command that was interrupted

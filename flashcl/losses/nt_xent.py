@@ -48,7 +48,8 @@ def nt_xent(
     group = Group.of(group, reduction)
     scale = parameter(checks.inverse_temperature(temperature, z1), group)
     how, views = prepare(z1, z2, normalize=normalize, backend=backend, group=group, reduction=reduction)
-    z = torch.cat(views)
+    wider = torch.promote_types(*(v.dtype for v in views))  # inside autocast they may differ
+    z = torch.cat([v.to(wider) for v in views])
 
     # Ids are equal for the anchor itself and for its positive: neither is a negative.
     item = torch.arange(z1.shape[0], dtype=torch.int32, device=z.device).repeat(2)

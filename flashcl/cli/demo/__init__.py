@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from pathlib import Path
 
@@ -155,8 +154,9 @@ def train_all(args, data: Data, device, batch: int, large: int, measured: list[M
 
 
 def draw(runs: list[Run], measured: list[Measured], path: Path, device: torch.device) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        print('plot skipped: matplotlib is not installed; pip install ".[demo]" brings it')
-        return
-    report.plot(runs, measured, path, f"measured on {machine(device)}; memory: {memory.METHOD[device.type]}")
-    print(f"plot: {path}")
+    try:
+        report.plot(runs, measured, path, f"measured on {machine(device)}; memory: {memory.METHOD[device.type]}")
+    except ImportError as error:
+        print(f'plot skipped, it needs matplotlib ({error}); pip install ".[demo]" brings it')
+    else:
+        print(f"plot: {path}")

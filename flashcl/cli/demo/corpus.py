@@ -150,8 +150,11 @@ def _functions(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, as
                 yield prefix + node.name, node
             case ast.ClassDef():
                 yield from _functions(node.body, f"{prefix}{node.name}.")
-            case ast.If() | ast.Try():
+            case ast.If():
                 yield from _functions(node.body + node.orelse, prefix)
+            case ast.Try():
+                caught = [statement for handler in node.handlers for statement in handler.body]
+                yield from _functions(node.body + caught + node.orelse + node.finalbody, prefix)
 
 
 def _pair(source: Source, name: str, node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> Pair | None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import textwrap
 from pathlib import Path
 
 import torch
 
-from flashcl.cli.demo import encoder as model
 from flashcl.cli.arguments import UsageError
+from flashcl.cli.demo import encoder as model
 from flashcl.cli.demo.corpus import Pair
 from flashcl.cli.demo.encoder import Bags, Encoder
 
@@ -28,13 +29,25 @@ def save(encoder: Encoder, code: Bags, pairs: list[Pair], path: Path) -> None:
     torch.save({"layout": LAYOUT, "encoder": encoder.state_dict(), "index": index, "functions": functions}, path)
 
 
+def _load(path: Path) -> dict:
+    """What `save` has written; an error that says what else is there."""
+    try:
+        saved = torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        saved, state = None, "is not there"
+    except (RuntimeError, pickle.UnpicklingError, EOFError):
+        saved, state = None, "cannot be read"
+    else:
+        state = "was not written by this version of flashcl demo"
+    if not isinstance(saved, dict) or saved.get("layout") != LAYOUT:
+        raise UsageError(f"{path} {state}: run `flashcl demo` first, which trains the encoder (with the same --out)")
+    return saved
+
+
 @torch.no_grad()
 def search(query: str, path: Path) -> None:
     """Print the functions whose code is nearest to the query."""
-    saved = torch.load(path, weights_only=True) if path.exists() else {}
-    if saved.get("layout") != LAYOUT:
-        state = "was written by another version" if saved else "is not there"
-        raise UsageError(f"{path} {state}: run `flashcl demo` first, which trains the encoder (with the same --out)")
+    saved = _load(path)
     encoder = Encoder().eval()
     encoder.load_state_dict(saved["encoder"])
     bags = Bags.of([query])
