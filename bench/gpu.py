@@ -244,11 +244,15 @@ class Check:
             left.append("all tests")
         for name, verdict in self.state["sanitizer"].items():
             lines.append(f"sanitizer, {name}: {verdict}")
-            failed += [f"sanitizer {name}: {verdict}"] * verdict.startswith("errors")
-            left += [f"sanitizer {name}"] * verdict.startswith("not")
+            if verdict.startswith("errors"):
+                failed.append(f"sanitizer {name}: {verdict}")
+            if verdict.startswith("not"):
+                left.append(f"sanitizer {name}")
         lines += [f"benchmark: {self.state['bench']}", *bench_lines(self.out / "gpu-bench.json")]
-        failed += [f"benchmark {self.state['bench']}"] * self.state["bench"].startswith("failed")
-        left += ["benchmark"] * self.state["bench"].startswith("not")
+        if self.state["bench"].startswith("failed"):
+            failed.append(f"benchmark {self.state['bench']}")
+        if self.state["bench"].startswith("not"):
+            left.append("benchmark")
         for backend in KERNELS:
             lines += self.verify(backend)
         for title, items in (("FAILED", failed), ("left", left)):

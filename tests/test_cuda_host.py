@@ -77,10 +77,8 @@ def test_a_wave_shares_rows_and_columns():
 def test_every_accumulator_has_a_place():
     places = _C.fragment()
     assert sorted((row, col) for *_, row, col in places) == [(i, j) for i in range(TILE) for j in range(TILE)]
-    for warp in range(4):
-        for lane in range(32):
-            assert sorted(p for w, l, p, *_ in places if (w, l) == (warp, lane)) == list(range(128))
-            break  # all lanes are alike: 128 of 16384 places are enough
+    for warp in range(4):  # one lane of each: all are alike
+        assert sorted(p for w, lane, p, *_ in places if (w, lane) == (warp, 0)) == list(range(128))
     by_row = {}
     for warp, lane, _, row, _ in places:
         by_row.setdefault(row, set()).add((warp, lane // 4))

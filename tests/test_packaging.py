@@ -96,22 +96,6 @@ def path_with_broken_nvcc(tmp_path):
 # Importing
 
 
-def test_import_is_light(tmp_path):
-    code = """
-import sys, torch
-before = set(sys.modules)
-import flashcl
-heavy = ("triton", "flashcl.triton_kernels", "flashcl._C")
-print([name for name in set(sys.modules) - before if name.startswith(heavy)])
-"""
-    assert output_of(code, tmp_path) == "[]"
-
-
-def test_import_without_triton(tmp_path):
-    code = "import sys; sys.modules['triton'] = None; import flashcl; print(flashcl.__name__)"
-    assert output_of(code, tmp_path) == "flashcl"
-
-
 def test_foreign_triton_kernels_lives_beside_ours(tmp_path):
     foreign = tmp_path / "site" / "triton_kernels"
     foreign.mkdir(parents=True)
@@ -211,17 +195,6 @@ def test_extension_reports_how_it_was_built_and_needs_no_gpu(tree, out, tmp_path
     assert info["abi"] == "cp310-abi3"
     assert re.fullmatch(r"\d+\.\d+\.\d+", info["nvcc"]) and re.fullmatch(r"\d+\.\d+\.\d+", info["nanobind"])
     assert count == 0 and status != "no error"
-
-
-def test_csrc_knows_no_torch():
-    includes = [
-        (path.name, line)
-        for path in (REPO / "csrc").rglob("*.*")
-        for line in path.read_text().splitlines()
-        if line.lstrip().startswith("#include")
-    ]
-    assert includes
-    assert not [(name, line) for name, line in includes if re.search(r"torch|ATen|c10", line)]
 
 
 @pytest.mark.parametrize("what", ["wheel", "editable"])
