@@ -1,4 +1,4 @@
-"""Ranks on one machine: bytes sent against the least there are, communication behind compute, scaling.
+"""Ranks on one machine: bytes sent beside those of rows and gradients by ring, communication behind compute, scaling.
 
     python bench/distributed.py                      worlds of 1, 2 and 4 processes over loopback, one thread each
     python bench/distributed.py --link 0.2           on a link of 0.2 GB/s a rank
@@ -78,13 +78,14 @@ def measure(rank: int, world: int, folder: str, batch: int, d: int, loss: str, r
     play(link)
     x, y = (torch.nn.functional.normalize(torch.randn(n, d), dim=1).requires_grad_() for _ in range(2))
     scale, bias = torch.tensor(14.0, requires_grad=True), torch.tensor(-10.0, requires_grad=True)
-    rows = []
+    labels, rows = torch.arange(n) // 4, []
     for strategy in ("ring", "gather") if world > 1 else ("ring",):
         group = flashcl.Group(dist.group.WORLD, strategy=strategy)
         step = {
             "info_nce": lambda: flashcl.info_nce(x, y, logit_scale=scale, group=group).backward(),
             "siglip": lambda: flashcl.siglip(x, y, logit_scale=scale, logit_bias=bias, group=group).backward(),
             "nt_xent": lambda: flashcl.nt_xent(x, y, temperature=1 / scale, group=group).backward(),
+            "sup_con": lambda: flashcl.sup_con(x, labels, temperature=1 / scale, group=group).backward(),
         }[loss]
         link.rate = None
         fast = timed(step, repeat)
@@ -93,12 +94,12 @@ def measure(rank: int, world: int, folder: str, batch: int, d: int, loss: str, r
         sending = link.seconds / (repeat + 1)
         hidden = 1 - max(0.0, slow - fast) / sending if sending else None
         walks = Plan(loss, batch, d, world, itemsize=4).walks(strategy)
-        least = sum(w.rows + w.gradients for w in Plan(loss, batch, d, world, itemsize=4).walks("ring"))
+        by_ring = [w for w in Plan(loss, batch, d, world, itemsize=4).walks("ring") if w.flops]  # not the sums of labels
         rows.append(
             dict(
                 loss=loss, batch=batch, d=d, world=world, strategy=strategy, step_s=fast, slow_link_step_s=slow,
-                link_bytes_per_s=rate, sending_s=sending, sent_mb=sum(w.bytes for w in walks) / 2**20,
-                least_mb=least / 2**20, exposed=max(0.0, slow - fast) / slow, hidden=hidden,
+                link_bytes_per_s=rate, sending_s=sending, sent_mib=sum(w.bytes for w in walks) / 2**20,
+                rows_mib=sum(w.rows + w.gradients for w in by_ring) / 2**20, exposed=max(0.0, slow - fast) / slow, hidden=hidden,
             )
         )  # fmt: skip
     if rank == 0:
@@ -121,8 +122,8 @@ def timed(step, repeat: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worlds", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--losses", nargs="+", default=["info_nce", "siglip", "nt_xent"])
-    parser.add_argument("--batch", type=int, default=4096, help="pairs of all ranks")
+    parser.add_argument("--losses", nargs="+", default=["info_nce", "siglip", "nt_xent", "sup_con"])
+    parser.add_argument("--batch", type=int, default=4096, help="pairs of all ranks; rows of sup_con")
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--link", type=float, default=0.1, help="GB/s of the slow link")
     parser.add_argument("--repeat", type=int, default=3)
@@ -130,7 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     results = dict(environment=environment(torch.device("cpu")), rows=[])
     print(*(f"{k}: {v}" for k, v in results["environment"].items()), sep="\n", end="\n\n")
-    print(f"{'loss':<10}{'ranks':>6} {'strategy':<9}{'step s':>8}{'sent MB':>9}{'/ least':>8}", end="")
+    print(f"{'loss':<10}{'ranks':>6} {'strategy':<9}{'step s':>8}{'sent MiB':>9}{'/ rows':>8}", end="")
     print(f"{'slow link s':>13}{'exposed':>9}{'hidden':>8}")
     for loss in args.losses:
         for world in args.worlds:
@@ -140,10 +141,10 @@ def main() -> None:
                 rows = json.loads(Path(folder, "rows.json").read_text())
             results["rows"] += rows
             for r in rows:
-                ratio = f"{r['sent_mb'] / r['least_mb']:.2f}" if r["least_mb"] else "-"
+                ratio = f"{r['sent_mib'] / r['rows_mib']:.2f}" if r["rows_mib"] else "-"
                 hidden = "-" if r["hidden"] is None else f"{100 * r['hidden']:.0f} %"
                 print(
-                    f"{loss:<10}{world:>6} {r['strategy']:<9}{r['step_s']:>8.3f}{r['sent_mb']:>9.1f}{ratio:>8}"
+                    f"{loss:<10}{world:>6} {r['strategy']:<9}{r['step_s']:>8.3f}{r['sent_mib']:>9.1f}{ratio:>8}"
                     f"{r['slow_link_step_s']:>13.3f}{100 * r['exposed']:>7.0f} %{hidden:>8}",
                     flush=True,
                 )

@@ -16,7 +16,8 @@ order alike: there single numbers have only the tight bound.) Where ref is NaN o
 nowhere else. A dense formula that overflows where ref does not promises nothing, and leaves only the tight bound; a
 relative error means nothing where ref vanishes, that is where dense32 has not one digit of it.
 
-That formula is no truth for float64 inputs, nor where losses come near the rounding of float64: `other_formulas` are.
+The dense formula in float64 cannot judge results in float64, nor losses near its own rounding: there the truth is
+`flashcl.exact_formulas`.
 
 `case` makes inputs for a loss in a regime, `check` judges one call: `flashcl check` and the tests consist of these two.
 """
@@ -33,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flashcl
-from flashcl import reference
+from flashcl import exact_formulas, reference
 
 TIGHT = {  # relative L2 error of (a value, a gradient) that the formats allow a kernel which rounds G to them
     torch.bfloat16: (2e-3, 8e-3),
@@ -322,24 +323,40 @@ class Yardstick:
         return Yardstick(c, dtype, truth, dense_errors(c, truth), dense32)
 
     def check(self, backend: str = "auto", function: Callable | None = None) -> list[Finding]:
-        """As the function `check`."""
+        """Every bound on every value and gradient, of a backend or of `function`."""
         options = {} if function else dict(backend=backend)
         function = function or getattr(flashcl, self.case.function)
         out, findings = evaluate(function, replace(self.case, options=self.case.options | options)), []
         for quantity, truth in self.truth.items():
             tight = TIGHT[self.dtype][quantity.startswith("grad")] if self.dtype in TIGHT else None
-            errors = [e[quantity] for e in self.dense], tight and [e[quantity] for e in self.dense32]
+            errors = [e[quantity] for e in self.dense], None if tight is None else [e[quantity] for e in self.dense32]
             findings += judge(quantity, out[quantity], truth, *errors, tight)
         return findings
 
 
 def truth_of(c: Case) -> dict[str, Truth]:
     if next(iter(c.tensors.values())).dtype == torch.float64:
-        return other_formulas(c, np.longdouble)
+        return exact_truth(c, np.longdouble)
     ref = evaluate(getattr(reference, c.function), c.to(torch.float64, c.device))
     if ref["value"].abs().max() < RESOLVED:
-        return other_formulas(c, np.float64)
+        return exact_truth(c, np.float64)
     return {quantity: Truth(v) for quantity, v in ref.items()}
+
+
+def exact_truth(c: Case, real: type) -> dict[str, Truth]:
+    """What `evaluate` returns, by `exact_formulas` in numpy's float64 or longdouble (64 bits of mantissa on x86)."""
+
+    def upstream(n: int) -> np.ndarray:
+        return _upstream(torch.empty(n, dtype=torch.float64), None).numpy()
+
+    tensors = {name: v.double().cpu().numpy().astype(real) for name, v in c.tensors.items()}
+    options = {name: v.cpu().numpy() if isinstance(v, Tensor) else v for name, v in c.options.items()}
+    truth = {}
+    for quantity, v in exact_formulas.evaluate(c.function, tensors, options, upstream).items():
+        high = v.astype(np.float64)
+        low = np.where(np.isfinite(v), v - high.astype(np.longdouble), 0).astype(np.float64)
+        truth[quantity] = Truth(torch.from_numpy(high).to(c.device), torch.from_numpy(low).to(c.device))
+    return truth
 
 
 def dense_errors(c: Case, truth: dict[str, Truth], orders: int = 16) -> list[dict[str, Tensor]]:
@@ -415,131 +432,3 @@ class Order:
         elif name in _COLS:
             v = v[self.cols]
         return v[:, self.features] if v.dim() == 2 else v
-
-
-# ---- the truth where the dense formula in float64 is none --------------------------------------------------------------
-
-
-def other_formulas(c: Case, real: type) -> dict[str, Truth]:
-    """What `evaluate` returns, from formulas that keep a positive and its negatives apart, in numpy's float64 or longdouble
-    (64 bits of mantissa on x86).
-
-    Each loss is its values and G, the gradient with respect to the logits s; what follows from G is common to all.
-    """
-    named = {name: v.double().cpu().numpy().astype(real) for name, v in c.tensors.items()}
-    given = [name for name in named if named[name].ndim == 2]
-    length = {k: np.sqrt((named[k] ** 2).sum(1, keepdims=True)) if c.options.get("normalize") else 1 for k in given}
-    e = {name: named[name] / length[name] for name in given}
-    symmetric = c.function in ("nt_xent", "sup_con")
-    x, y = [np.concatenate(list(e.values()))] * 2 if symmetric else e.values()
-    scale = named["logit_scale"] if "logit_scale" in named else 1 / named.get("temperature", real(1))
-    cosines = x @ y.T
-    s = scale * cosines + named.get("logit_bias", 0) + named.get("col_bias", 0)
-    s = s + named["row_bias"][:, None] if "row_bias" in named else s
-    values, g = _VALUES_AND_G[c.function](s, c.options)
-
-    dx, dy = scale * g @ y, scale * g.T @ x
-    dx = np.split(dx + dy, np.cumsum([len(v) for v in e.values()])[:-1]) if symmetric else (dx, dy)
-    d_scale = (g * cosines).sum()
-    gradients = dict(zip(given, dx), logit_scale=d_scale, temperature=-(scale**2) * d_scale)
-    gradients |= dict(logit_bias=g.sum(), row_bias=g.sum(1), col_bias=g.sum(0))
-    if c.options.get("normalize"):
-        for k in given:
-            gradients[k] = (gradients[k] - e[k] * (e[k] * gradients[k]).sum(1, keepdims=True)) / length[k]
-    results = {"value" if i == 0 else f"value {i + 1}": v for i, v in enumerate(values)}
-    results |= {f"grad {name}": gradients[name] for name in named}
-    return {quantity: _truth(np.asarray(v), c.device) for quantity, v in results.items()}
-
-
-def _truth(v: np.ndarray, device) -> Truth:
-    high = v.astype(np.float64)
-    low = np.where(np.isfinite(v), v - high.astype(np.longdouble), 0).astype(np.float64)
-    return Truth(torch.from_numpy(high).to(device), torch.from_numpy(low).to(device))
-
-
-def _reduced(loss: np.ndarray, count: int, options: dict) -> tuple[list, np.ndarray]:
-    """(the value, the gradient that reaches each row) of a vector of losses."""
-    match options.get("reduction", "mean"):
-        case "none":
-            return [loss], _upstream(torch.empty(len(loss), dtype=torch.float64), None).numpy()
-        case "sum":
-            return [loss.sum()], np.ones(len(loss))
-        case _:
-            return [loss.sum() / max(count, 1)], np.full(len(loss), loss.dtype.type(1) / max(count, 1))
-
-
-def _log_sum_exp(s: np.ndarray) -> np.ndarray:
-    top = s.max(1)
-    top = np.where(np.isfinite(top), top, 0)
-    with np.errstate(divide="ignore"):
-        return np.log(np.exp(s - top[:, None]).sum(1)) + top
-
-
-def _softmax(s: np.ndarray) -> np.ndarray:
-    lse = _log_sum_exp(s)[:, None]
-    return np.exp(s - np.where(np.isfinite(lse), lse, np.inf))
-
-
-def _against_one(s: np.ndarray, partner: np.ndarray, dropped: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Losses and d loss_i / d s_ij of rows with one positive; the mass of the negatives is no difference from 1."""
-    rows = np.arange(len(s))
-    positive, negatives = s[rows, partner], np.where(dropped, -np.inf, s)
-    negatives[rows, partner] = -np.inf
-    loss = np.logaddexp(0, _log_sum_exp(negatives) - positive)
-    mass = np.exp(_log_sum_exp(negatives) - positive - loss)
-    g = mass[:, None] * _softmax(negatives)
-    g[rows, partner] = -mass
-    return loss, g
-
-
-def _info_nce(s: np.ndarray, options: dict):
-    nothing, own = np.zeros((), bool), np.arange(len(s))
-    loss, g = _against_one(s, own, nothing)
-    columns = None
-    if options.get("symmetric", True):
-        loss_of_columns, columns = _against_one(s.T, own, nothing)
-        loss = (loss + loss_of_columns) / 2
-    values, upstream = _reduced(loss, len(loss), options)
-    g = upstream[:, None] * g
-    return values, g if columns is None else (g + (upstream[:, None] * columns).T) / 2
-
-
-def _siglip(s: np.ndarray, options: dict):
-    z = 2 * np.eye(len(s)) - 1
-    values, upstream = _reduced(np.logaddexp(0, -z * s).sum(1), len(s), options)
-    return values, -upstream[:, None] * z * np.exp(-np.logaddexp(0, z * s))
-
-
-def _nt_xent(s: np.ndarray, options: dict):
-    loss, g = _against_one(s, np.roll(np.arange(len(s)), len(s) // 2), np.eye(len(s), dtype=bool))
-    values, upstream = _reduced(loss, len(loss), options)
-    return values, upstream[:, None] * g
-
-
-def _sup_con(s: np.ndarray, options: dict):
-    labels, own = options["labels"].cpu().numpy(), np.eye(len(s), dtype=bool)
-    positive = (labels[:, None] == labels) & ~own
-    counts = positive.sum(1, keepdims=True)
-    share = positive / np.maximum(counts, 1).astype(s.dtype)
-    others, counted = np.where(own, -np.inf, s), counts[:, 0] > 0
-    loss = np.where(counted, _log_sum_exp(others) - (share * s).sum(1), 0)
-    values, upstream = _reduced(loss, counted.sum(), options)
-    return values, (upstream * counted)[:, None] * (_softmax(others) - share)
-
-
-def _similarity_logsumexp(s: np.ndarray, options: dict):
-    s = np.where(np.eye(*s.shape, dtype=bool), -np.inf, s) if options.get("exclude") else s
-    none, axis = dict(reduction="none"), options.get("axis", "both")
-    rows, u = _reduced(_log_sum_exp(s), 0, none)
-    cols, v = _reduced(_log_sum_exp(s.T), 0, none)
-    of_rows, of_cols = u[:, None] * _softmax(s), (v[:, None] * _softmax(s.T)).T
-    return {"both": (rows + cols, of_rows + of_cols), "rows": (rows, of_rows), "cols": (cols, of_cols)}[axis]
-
-
-_VALUES_AND_G = {
-    "info_nce": _info_nce,
-    "siglip": _siglip,
-    "nt_xent": _nt_xent,
-    "sup_con": _sup_con,
-    "similarity_logsumexp": _similarity_logsumexp,
-}

@@ -158,6 +158,12 @@ def test_exactly_one_of_temperature_and_logit_scale():
         flashcl.siglip(X, X, logit_bias=1.0)
 
 
+def test_default_temperatures():
+    z = torch.nn.functional.normalize(torch.randn(6, 4), dim=1)
+    assert flashcl.nt_xent(z, z.flip(1)) == flashcl.nt_xent(z, z.flip(1), temperature=0.5)
+    assert flashcl.sup_con(z, torch.arange(6) % 2) == flashcl.sup_con(z, torch.arange(6) % 2, temperature=0.07)
+
+
 @pytest.mark.parametrize("function", TEMPERATURES, ids=named)
 @pytest.mark.parametrize("value", [0.0, -0.1, 0, float("nan")])
 def test_temperature_must_be_positive(function, value):

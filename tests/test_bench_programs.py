@@ -124,15 +124,15 @@ def test_epilogues_fit_beside_the_products(kernel, width):
 
 
 def test_ranks_on_one_machine(tmp_path):
-    sizes = "--worlds 2 --losses siglip --batch 64 --dim 8 --repeat 1 --link 0.001".split()
+    sizes = "--worlds 2 --losses siglip sup_con --batch 64 --dim 8 --repeat 1 --link 0.001".split()
     command = [sys.executable, ROOT / "bench/distributed.py", *sizes, "--out", tmp_path / "r.json"]
     subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads((tmp_path / "r.json").read_text())
     assert found["environment"]["command"].endswith("--out " + str(tmp_path / "r.json"))
     assert found["environment"]["command"].startswith("python bench/distributed.py ") and found["environment"]["torch"] == torch.__version__
-    assert [(row["world"], row["strategy"]) for row in found["rows"]] == [(2, "ring"), (2, "gather")]
+    assert [(row["world"], row["strategy"]) for row in found["rows"]] == [(2, "ring"), (2, "gather")] * 2
     for row in found["rows"]:
-        assert 0 < row["least_mb"] < row["sent_mb"] and 0 < row["step_s"] < 10 and 0 <= row["exposed"] < 1
+        assert 0 < row["rows_mib"] < row["sent_mib"] and 0 < row["step_s"] < 10 and 0 <= row["exposed"] < 1
 
 
 # ---- the check of a GPU

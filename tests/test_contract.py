@@ -314,6 +314,46 @@ def test_gradients_of_the_scale_that_cancel():
     assert d_scale.abs() < 1e-9
 
 
+def test_the_scale_of_log_sum_exps_of_embeddings_with_a_large_mean():
+    """Their products are all near 900; upstream gradients cancel."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(n, 8, generator=generator) for n in (256, 64))
+    x[:, 0], y[:, 0] = 30.0, 30.0
+    sign = torch.tensor([1.0, -1.0]).repeat(128)
+
+    def d_scale(module, dtype):
+        scale = torch.tensor(1e-3, dtype=dtype, requires_grad=True)
+        lse, _ = module.similarity_logsumexp(x.to(dtype), y.to(dtype), logit_scale=scale)
+        return torch.autograd.grad(lse, scale, sign.to(dtype))[0].double()
+
+    want = d_scale(reference, DOUBLE)
+    assert (d_scale(flashcl, SINGLE) - want).abs() < 1e-4 * want.abs()
+
+
+def test_softplus_has_no_threshold():
+    """PyTorch's default would be off by 2e-9 beyond s = 20."""
+    x, y = torch.tensor([[25.0], [24.0]], dtype=DOUBLE), torch.tensor([[-1.0], [1.0]], dtype=DOUBLE)
+    got = flashcl.siglip(x, y, logit_scale=1.0, logit_bias=0.0, reduction="none", backend="torch")
+    z = 2 * torch.eye(2, dtype=DOUBLE) - 1
+    torch.testing.assert_close(got, torch.logaddexp(torch.zeros_like(z), -z * (x @ y.T)).sum(1), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("bias", ["row_bias", "col_bias"])
+def test_no_pair_at_all_has_no_gradient(backend, bias):
+    x, y = (torch.randn(3, 4).requires_grad_() for _ in range(2))
+    rows, cols = flashcl.similarity_logsumexp(x, y, backend=backend, **{bias: torch.full((3,), -torch.inf)})
+    assert rows.isneginf().all() and cols.isneginf().all()
+    for g in torch.autograd.grad((rows, cols), (x, y), (torch.ones(3), torch.ones(3))):
+        assert torch.equal(g, torch.zeros_like(g))
+
+
+def test_a_temperature_of_16_bits_is_inverted_in_32(backend):
+    x, y = (F.normalize(torch.randn(6, 4), dim=1) for _ in range(2))
+    t = torch.tensor(0.07, dtype=BF16)
+    for loss in (flashcl.info_nce, flashcl.nt_xent):
+        assert torch.equal(loss(x, y, temperature=t, backend=backend), loss(x, y, temperature=t.float(), backend=backend))
+
+
 def test_the_scale_of_converged_classes(backend):
     """G of the positives of a row adds up to 0 but for the last bits of exp. Where it is taken about 0, an exp that errs to one
     side by 1e-8 is 1e-3 of the gradient."""
@@ -652,6 +692,11 @@ def test_autocast_of_towers_of_two_dtypes(backend):
     assert torch.equal(of_views, flashcl.nt_xent(x.half().bfloat16(), y.bfloat16(), temperature=0.1, backend=backend))
     with pytest.raises(TypeError, match="y must have the dtype of x"):
         flashcl.info_nce(x.bfloat16(), y, temperature=0.1, backend=backend)
+    y = y.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = flashcl.info_nce(x.bfloat16(), y, temperature=0.1, backend=backend)
+    (dy,) = torch.autograd.grad(loss, y)
+    assert not torch.equal(dy, dy.bfloat16().float())
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -63,6 +63,24 @@ def in_float64(c, value_factor=1.0, **gradient_factors):
     return function
 
 
+@pytest.mark.parametrize("loss", ["info_nce", "siglip", "nt_xent", "sup_con"])
+@pytest.mark.parametrize("dtype, of_value, of_gradient", [(BF16, 2e-3, 8e-3), (HALF, 5e-4, 2e-3)])
+def test_the_tight_bound_is_what_the_readme_says(dtype, of_value, of_gradient, loss):
+    c = case(loss, "init", n=40)
+
+    def found(**factors):
+        return {f.quantity for f in violations(c, dtype, function=in_float64(c, **factors)) if f.bound == "tight"}
+
+    assert found(value_factor=1 + 2 * of_value) == {"value"} and found(value_factor=1 + 0.5 * of_value) == set()
+    for name in c.tensors:
+        assert found(**{name: 1 + 2 * of_gradient}) == {f"grad {name}"} and found(**{name: 1 + 0.5 * of_gradient}) == set()
+
+
+def test_the_backend_that_is_named_is_judged():
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot serve"):
+        contract.check(case("info_nce", "init", n=3), SINGLE, backend="cuda")
+
+
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [SINGLE, BF16, HALF])
 def test_the_contract_accepts_the_truth(dtype, loss):
@@ -141,6 +159,8 @@ def test_the_bounds_by_hand():
     assert rms.error == pytest.approx(math.sqrt(0.25 / 3))
     assert rms.allowed == pytest.approx((2 * 0.25 + 2 * half_ulp) * math.sqrt(21 / 3))
     assert (tight.error, tight.allowed) == (0.5, pytest.approx((0.125 + 4 * 0.125) * math.sqrt(21)))
+    alike = contract.judge("value", out, truth, [ref * 0.25] * 16, [ref * 0.125] * 16, tight=0.125)[1:]
+    assert alike == [max_, rms, tight]  # the largest error of all orders, not their sum
     assert contract.judge("value", out, truth, [ref * math.nan])[1].allowed == math.inf  # a dense formula overflowed
     lost = torch.tensor([1e-9], dtype=DOUBLE)  # what float16 cannot hold at all is rounding, to 0
     assert contract.judge("grad x", torch.zeros(1).half(), contract.Truth(lost), [0 * lost])[1].holds
@@ -174,7 +194,7 @@ def test_losses_below_the_rounding_of_float64_have_a_truth(loss):
     assert evaluate(dense(wide), wide)["value"] == 0
     truth = contract.truth_of(c)
     assert 1e-38 < truth["value"].high < 1e-30
-    for quantity, v in contract.other_formulas(c, np.longdouble).items():
+    for quantity, v in contract.exact_truth(c, np.longdouble).items():
         assert contract.judge(quantity, v.high, truth[quantity], [0 * v.high])[-1].error <= 1e-9 * v.high.abs().max()
     # The contract allows what the dense formula in float32 does, which is 0; flashcl has the digits.
     assert violations(c, SINGLE) == []
@@ -215,6 +235,9 @@ def test_regimes_are_what_they_say():
     assert 0.8 < probabilities("cone")[2].min() and probabilities("cone")[2].mean() < 0.95
     assert 5e3 < probabilities("large")[0].abs().max() < 1.001e4
     assert 0 < probabilities("collapsed")[0].std() < 0.2 * probabilities("init")[0].std()
+    for name, regime in REGIMES.items():
+        if name.startswith("t="):
+            assert regime.temperature == float(name[2:])
     s = probabilities("duplicates")[0]
     assert torch.equal(s[2], s[3]) and torch.equal(s[:, 2], s[:, 3]) and not torch.equal(s[1], s[2])
     labels = case("sup_con", "init", n=40).options["labels"]

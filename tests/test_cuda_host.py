@@ -5,6 +5,7 @@ flashcl.backends.cuda takes CPU tensors through it.
 ptx: the kernels themselves, as PTX, on a simulated GPU (ptx/). test_cuda_ptx.py has what is of it alone.
 """
 
+import dataclasses
 import math
 import sys
 
@@ -91,6 +92,7 @@ def test_places_are_where_wgmma_leaves_them():
 
 
 def test_blocks_are_bounded_and_cover_the_matrix_once():
+    assert tiled.WORKSPACE == 2 * 2**28  # bytes of G in 16 bits
     for N, M in ((1, 1), (1, 10**6), (10**6, 1), (65536, 65536), (10**6, 10**6), (4096, 10**6), (16385, 16384), (0, 3)):
         x, y = torch.empty(1, 1).expand(N, 1), torch.empty(1, 1).expand(M, 1)
         for triangular in {False, N == M}:
@@ -128,6 +130,8 @@ def test_aligned_rows_are_not_copied():
     for x, same in ((wide[:, 16:40], True), (wide[:, 3:27], False), (wide[:, ::2], False), (wide[:1, :24].expand(40, 24), False)):
         padded = tiled.aligned(x, 8)
         assert (padded is x) == same and torch.equal(padded[:, : x.shape[1]], x)
+    overlapping = torch.zeros(64).as_strided((4, 16), (8, 1))
+    assert tiled.aligned(overlapping, 8).stride() == tiled.aligned(torch.zeros(1, 16).expand(4, 16), 8).stride() == (16, 1)
 
 
 # ---- folds ---------------------------------------------------------------------------------------------------------------
@@ -329,6 +333,56 @@ def test_finish_in_place_without_partners_and_with_rows_that_are_not_finite():
 
 def test_unusable():
     assert "CUDA devices, not on cpu" in backend.unusable(torch.device("cpu"), torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "arch, dtype, built, why",
+    [
+        ((9, 0), torch.bfloat16, ["90a"], None),
+        ((10, 0), torch.bfloat16, ["90a"], "sm_90, this is sm_100"),
+        ((9, 0), torch.bfloat16, ["80"], "without 90a"),
+        ((9, 0), torch.float32, ["90a"], "bfloat16 and float16, not torch.float32"),
+    ],
+)
+def test_unusable_on_a_gpu(monkeypatch, arch, dtype, built, why):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: arch)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(backend, "_failed_check", lambda index: None)
+    monkeypatch.setattr(_C, "build_info", lambda: dict(architectures=built))
+    reason = backend.unusable(torch.device("cuda", 0), dtype)
+    assert reason is None if why is None else why in reason
+
+
+def test_a_self_check_that_gives_nan_has_failed(monkeypatch):
+    monkeypatch.setattr(backend, "self_check", lambda device: [("dx", math.nan, 8e-3)])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    with pytest.warns(UserWarning, match="dx is off by nan"):
+        assert "dx is off by nan" in backend._failed_check.__wrapped__(0)
+
+
+def failed_checks():
+    return {name for name, error, allowed in backend.self_check(torch.device("cpu")) if not error <= allowed}
+
+
+def test_the_self_check_sees_small_faults(monkeypatch):
+    sweep, grad = backend.sweep, backend.grad
+
+    def wrong_grad(*args, **options):
+        g = grad(*args, **options)
+        off = {k: 1.02 * v for k in ("dx", "dy", "row_sum") if (v := getattr(g, k)) is not None}
+        return dataclasses.replace(g, **off)
+
+    def wrong_sweep(*args, **options):
+        s = sweep(*args, **options)
+        for lse in (s.row, s.col):
+            lse.parts.mul_(1 + 1e-5)
+        return s
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backend, "grad", wrong_grad)
+        assert failed_checks() == {"dx", "dy", "softplus", "dx of softplus"}
+    monkeypatch.setattr(backend, "sweep", wrong_sweep)
+    assert failed_checks() >= {"row_lse", "col_lse"}
 
 
 def test_the_self_check_passes_and_would_not_pass_anything(monkeypatch):

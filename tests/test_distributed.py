@@ -243,36 +243,37 @@ def explained(rank, world) -> list[str]:
 
 
 def conventions(rank, world) -> list[str]:
-    """The table of flashcl.Group, against one process."""
+    """The table of flashcl.Group, for every loss, against one process."""
     counts, wrong = counts_of("uneven", world), []
     x, y = (torch.randn(sum(counts), D, dtype=DOUBLE, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
-    rows = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+    rows, labels = slice(sum(counts[:rank]), sum(counts[: rank + 1])), torch.arange(sum(counts)) % 3
+    calls = {
+        "info_nce": lambda a, b, t, bias, c, **of: flashcl.info_nce(a, b, logit_scale=t, **of),
+        "siglip": lambda a, b, t, bias, c, **of: flashcl.siglip(a, b, logit_scale=t, logit_bias=bias, **of),
+        "nt_xent": lambda a, b, t, bias, c, **of: flashcl.nt_xent(a, b, temperature=1 / t, **of),
+        "sup_con": lambda a, b, t, bias, c, **of: flashcl.sup_con(a, c, temperature=1 / t, **of),
+    }
 
-    def run(group, rows):
-        a, b, t = x[rows].clone().requires_grad_(), y[rows].clone().requires_grad_(), torch.tensor(5.0, dtype=DOUBLE).requires_grad_()
-        loss = flashcl.info_nce(a, b, logit_scale=t, group=group)
-        loss.backward()
-        return loss.detach(), a.grad, b.grad, t.grad
+    def run(call, rows, group=None):
+        leaves = x[rows].clone(), y[rows].clone(), torch.tensor(3.0, dtype=DOUBLE), torch.tensor(-1.0, dtype=DOUBLE)
+        loss = call(*[v.requires_grad_() for v in leaves], labels[rows], group=group)
+        return loss.detach(), *torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
 
-    value, dx, dy, dt = run(None, slice(None))
-    for name in CONVENTIONS:
-        if name == "local_partial":
-            continue
-        loss, da, db, ds = run(world_group(convention=name), rows)
-        mean = loss.clone()
-        dist.all_reduce(mean)
-        dist.all_reduce(ds)
-        towers = {"global": 1 / world}.get(name, 1.0)
-        scale = {"global_scaled": float(world)}.get(name, 1.0)
-        values = {"local_grad": mean / world, "global_scaled": loss / world}.get(name, loss)
-        for what, got, expected in (
-            ("value", values, value),
-            ("dx", da / world, dx[rows] * towers),
-            ("dy", db / world, dy[rows] * towers),
-            ("dt", ds / world, dt * scale),
-        ):
-            if not torch.allclose(got, expected, rtol=1e-10, atol=1e-14):
-                wrong.append(f"{name} {what}: {got} is not {expected}")
+    for loss, call in calls.items():
+        value, dx, dy, *of_scalars = run(call, slice(None))
+        for name in CONVENTIONS:
+            got, da, db, *own = run(call, rows, world_group(convention=name))
+            mean = got.clone()
+            for v in (mean, *own):
+                dist.all_reduce(v)
+            towers = {"global": 1 / world}.get(name, 1.0)
+            scalars = {"global_scaled": float(world)}.get(name, 1.0)
+            values = {"global_scaled": got / world, "global": got, "global_grad": got}.get(name, mean / world)
+            checked = [("value", values, value)]
+            checked += [(f"d scalar {i}", a / world, v * scalars) for i, (a, v) in enumerate(zip(own, of_scalars))]
+            if name != "local_partial":
+                checked += [("dx", da / world, dx[rows] * towers), ("dy", db / world, dy[rows] * towers)]
+            wrong += [f"{loss} {name} {k}: {a} is not {b}" for k, a, b in checked if not torch.allclose(a, b, rtol=1e-10, atol=1e-14)]
     return wrong
 
 
@@ -518,6 +519,14 @@ def disagreements(rank, world) -> list[str]:
         lse = functools.partial(flashcl.similarity_logsumexp, leaf(), leaf(), group=group, **given)
         wrong += refused(lse, "agree", f"{bias} given True", f"{bias} given False")
     wrong += refused(lambda: info_nce(leaf(), normalize=odd), "agree", "normalize True", "normalize False")
+    for call in (
+        lambda: flashcl.siglip(leaf(), leaf(), logit_scale=1.0, logit_bias=0.0, normalize=odd, group=group),
+        lambda: flashcl.nt_xent(leaf(), leaf(), normalize=odd, group=group),
+        lambda: flashcl.sup_con(leaf(), torch.arange(4) % 2, normalize=odd, group=group),
+    ):
+        wrong += refused(call, "agree", "normalize True", "normalize False")
+    axis = "rows" if odd else "cols"
+    wrong += refused(lambda: flashcl.similarity_logsumexp(leaf(), leaf(), axis=axis, group=group), "agree", "axis 'rows'")
     with torch.no_grad():
         wrong += refused(lambda: info_nce(leaf(), reduction="sum" if odd else "mean"), "agree", "reduction 'sum'")
     bias = dict(logit_scale=1.0, logit_bias=float(odd), group=group)
@@ -531,6 +540,8 @@ def disagreements(rank, world) -> list[str]:
     loss = flashcl.siglip(leaf(), leaf(), logit_scale=1.0, logit_bias=0.0, group=group) * (2.0 if odd else 1.0)
     wrong += refused(loss.backward, "upstream gradient", 'reduction="none"')
     wrong += refused(lambda: info_nce(leaf()[:0], leaf()[:0]), "no rank of the group has rows")
+    no_columns = functools.partial(flashcl.similarity_logsumexp, leaf(), leaf()[:0], axis="rows", group=group)
+    wrong += refused(no_columns, "no rank of the group has rows")
     if odd:
         dist.all_gather([torch.empty(1024, dtype=torch.uint8) for _ in range(world)], torch.full((1024,), 7, dtype=torch.uint8))
     else:
@@ -538,6 +549,36 @@ def disagreements(rank, world) -> list[str]:
     # That meeting was no flashcl call on the odd rank, so that its number is one behind: told, not passed over.
     wrong += refused(lambda: info_nce(leaf()), "agree", "operation", "number")
     return wrong
+
+
+def nan_agrees_with_nan(rank, world) -> list[str]:
+    x, group = torch.ones(3, D).requires_grad_(), dist.group.WORLD
+    wrong = ["the loss is no NaN"] * (not flashcl.info_nce(x, x, logit_scale=math.nan, group=group).isnan())
+    loss = flashcl.siglip(x, x, logit_scale=1.0, logit_bias=0.0, group=group)
+    (dx,) = torch.autograd.grad(loss * math.nan, x)
+    return wrong + ["the gradient is no NaN"] * (not dx.isnan().all())
+
+
+def strided_rows(rank, world) -> list[str]:
+    """The same bits as of contiguous copies."""
+    wrong, n = [], 5
+    wide = torch.randn(2 * n, 2 * D, dtype=DOUBLE, generator=torch.Generator().manual_seed(rank))
+    for strategy in ("ring", "gather"):
+        runs = []
+        for layout in (lambda v: v, torch.Tensor.contiguous):
+            leaves = [layout(v.detach()).requires_grad_() for v in (wide[:n, ::2], wide.T[:D, n:].T)]
+            loss = flashcl.info_nce(*leaves, temperature=1.0, group=world_group(strategy))
+            runs.append([loss, *torch.autograd.grad(loss, leaves)])
+        wrong += [strategy] * (not all(map(torch.equal, *runs)))
+    return wrong
+
+
+def what_fails_is_named(rank, world) -> list[str]:
+    x, group = torch.ones(3, D), dist.group.WORLD
+    with mock.patch.object(dist, "all_reduce", side_effect=RuntimeError("gone")):
+        wrong = refused(lambda: flashcl.info_nce(x, x, temperature=1.0, group=group), "failed while waiting for statistics", "gone")
+    long = lambda: Ranks.meet(world_group().encode(), torch.device("cpu"), "x" * 1100, {})  # noqa: E731
+    return wrong + refused(long, "bytes to agree on, of which 1024 are sent")
 
 
 def a_rank_stalls(rank, world) -> list[str]:
@@ -594,7 +635,10 @@ OTHERS = {
     communication_overlaps: WORLDS[1:],
     bytes_as_planned: (2, 3),
     a_rank_stalls: WORLDS[1:],
-    disagreements: WORLDS[1:],
+    nan_agrees_with_nan: WORLDS[1:],
+    strided_rows: WORLDS[1:],
+    what_fails_is_named: WORLDS[1:],
+    disagreements: WORLDS[1:],  # the last: it leaves one rank a meeting behind
 }
 
 

@@ -19,6 +19,7 @@ MAY_IMPORT = {
     "flashcl.backends": {"flashcl.backends.gemm", "flashcl.backends.tiled", "flashcl.engine.problem", "flashcl.triton_kernels", "flashcl._C"},
     "flashcl.backends.gemm": set(),
     "flashcl.reference": set(),
+    "flashcl.exact_formulas": set(),
     "flashcl.checks": {"flashcl.dtypes"},
     "flashcl.dtypes": set(),
     "triton_kernels": {"triton_kernels"},  # installed as flashcl.triton_kernels, where it imports itself relatively

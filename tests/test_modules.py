@@ -94,6 +94,15 @@ def test_scale_is_at_most_100_and_can_come_back(views):
     assert loss.logit_scale.item() < 100.0
 
 
+def test_below_its_limit_the_scale_is_free():
+    x = torch.eye(8)  # the scale should rise
+    loss = flashcl.InfoNCELoss(0.5)
+    (got,) = torch.autograd.grad(loss(x, x), loss.log_logit_scale)
+    free = loss.log_logit_scale.detach().clone().requires_grad_()
+    (want,) = torch.autograd.grad(flashcl.info_nce(x, x, logit_scale=free.exp()), free)
+    assert got == want < 0
+
+
 def test_reading_the_scale_changes_nothing(views):
     """Neither a checkpoint that is evaluated nor what autograd has saved of the parameter."""
     loss = flashcl.InfoNCELoss()
@@ -131,6 +140,9 @@ def test_a_temperature_is_what_it_was_set_to(views):
         (lambda: flashcl.SigLIPLoss(logit_bias=None), "logit_bias must be a float"),
         (lambda: flashcl.InfoNCELoss(symmetric="x"), "symmetric must be one of True, False"),
         (lambda: flashcl.SupConLoss(normalize="no"), "normalize must be one of True, False"),
+        (lambda: flashcl.InfoNCELoss(max_logit_scale=math.nan), "max_logit_scale must be at least"),
+        (lambda: flashcl.InfoNCELoss(reduction="max"), "reduction must be one of"),
+        (lambda: flashcl.NTXentLoss(backend="tpu"), "backend must be one of"),
     ],
 )
 def test_arguments_of_a_module_are_looked_at_when_it_is_made(make, what):

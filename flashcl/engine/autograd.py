@@ -101,7 +101,7 @@ def _rounded(x: Tensor, y: Tensor | None, dtype: torch.dtype) -> tuple[torch.dty
     """The dtype of their gradients, and x and y rounded to `dtype`.
 
     Not by an operation of its own, which would round the gradients, too: those of unit vectors are wanted as they are, since
-    what normalizes takes off the part along the vector, and of a large part the rounding would stay.
+    normalizing projects out what is parallel to the vector, and a rounding error of that large part would remain.
     """
     y_dtype = x.dtype if y is None else y.dtype  # inside autocast not always that of x
     return torch.promote_types(x.dtype, y_dtype), x.to(dtype), None if y is None else y.to(dtype)

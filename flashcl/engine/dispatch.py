@@ -18,8 +18,9 @@ from flashcl.engine.ranks import Group
 
 BACKENDS = ("cuda", "triton", "torch")  # fastest first; the last one serves all CPUs and GPUs
 
-# GPU generations (major, minor) on which the contract tests and the sanitizer have passed, per backend. "auto" takes no
-# kernel elsewhere. Each entry stands on a file bench/results/verified-<backend>-sm<major><minor>.json; a test looks.
+# GPU generations (major, minor) on which the contract tests and the sanitizer have passed with these very kernels (their host
+# code may be newer), per backend. "auto" takes no kernel elsewhere. Each entry stands on a file
+# bench/results/verified-<backend>-sm<major><minor>.json; a test looks.
 VERIFIED: dict[str, frozenset[tuple[int, int]]] = {"cuda": frozenset({(9, 0)}), "triton": frozenset({(9, 0)})}
 
 
@@ -65,7 +66,7 @@ class Execution:
 
 
 def explain(x: Tensor, y: Tensor | None = None, *, group: ProcessGroup | Group | None = None) -> str:
-    """What backend="auto" takes for embeddings like x (N, D), and why it passes the others over.
+    """What backend="auto" takes for embeddings like x (N, D), and why it passes the others over. nt_xent: torch.cat([z1, z2]).
 
     With a group, how rows of the other ranks come here; nothing is sent, so that they are taken to hold as many as this one.
     Returns text of one line per backend, the chosen one marked, and one for the group.

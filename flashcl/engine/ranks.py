@@ -18,9 +18,9 @@ import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401  see below
 from torch import Tensor
 
-# That module keeps what is the world group when it is imported, as the default of its arguments. torch._dynamo imports it, at
-# the first call of an operator: the group then outlives destroy_process_group, and with it threads that may abort the process
-# at interpreter exit. Imported before there is a group, it keeps none.
+# torch.distributed.nn.functional keeps the world group of the moment when it is imported, as a default of its arguments.
+# torch._dynamo imports it at the first call of an operator: the group would outlive destroy_process_group, and with it threads
+# that may abort the process at interpreter exit. Imported here, before there is a group, it keeps none.
 
 STRATEGIES = ("auto", "gather", "ring")
 

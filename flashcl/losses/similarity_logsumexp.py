@@ -34,7 +34,7 @@ def similarity_logsumexp(
     y: (M, D), same dtype and device.
     logit_scale: a float or a one-element tensor.
     row_bias, col_bias: (N,) and (M,), floating.
-    exclude: "diagonal" drops the pairs i = j.
+    exclude: "diagonal" drops the pairs i = j; with a group, of the rows and columns of one rank.
     axis: "both", "rows" or "cols".
     group: a ProcessGroup or `flashcl.Group`: ranks whose rows are one batch. A rank gets the row_lse of its own rows over the
         columns of all ranks, and the col_lse of its own columns over the rows of all.
