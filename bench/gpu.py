@@ -117,6 +117,8 @@ class Check:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                # A shell starts what it puts in the background with SIGINT ignored, and children inherit it.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             self.running.add(process)
             try:

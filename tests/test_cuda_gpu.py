@@ -1,4 +1,4 @@
-"""The Hopper kernels on a Hopper GPU: what emulation on a CPU (test_cuda_host.py) cannot show.
+"""The Hopper kernels on a Hopper GPU: what emulation on a CPU (test_kernels.py, test_cuda_host.py) cannot show.
 
 tests/test_gpu.py runs the contract, graphs, streams and sizes beyond 2^31 over every backend; here are the kernels themselves.
 """

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from flashcl.cli import demo, main, memory, text
-from flashcl.cli.demo import corpus, encoder, report, training
+from flashcl.cli.demo import corpus, encoder, report, search, training
 from flashcl.cli.demo.encoder import Bags, Encoder, features, words
 
 VERBS = "parse read write merge sort split count delete update encode decode compress".split()
@@ -337,12 +337,13 @@ def test_search_without_an_encoder_says_what_to_do(tmp_path, capsys):
 
 
 def test_search_in_a_file_of_another_version_says_what_to_do(tmp_path, capsys):
-    torch.save({"layout": [0]}, tmp_path / "encoder.pt")
-    assert main(["demo", "--out", str(tmp_path), "--search", "anything"]) == 2
-    assert "not written by this version" in capsys.readouterr().err
+    for other in ({"layout": [0]}, {"layout": search.LAYOUT}, [1, 2]):
+        torch.save(other, tmp_path / "encoder.pt")
+        assert main(["demo", "--out", str(tmp_path), "--search", "anything"]) == 2
+        assert "not written by this version" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", "half"], ids=["empty", "text", "half"])
+@pytest.mark.parametrize("content", [b"", b"no archive", b"hello world\n", b".", "half"], ids=str)
 def test_search_in_what_is_no_encoder_says_what_to_do(content, tmp_path, capsys):
     if content == "half":
         torch.save({"layout": list(range(1000))}, tmp_path / "encoder.pt")

@@ -190,7 +190,7 @@ def test_second_derivatives_are_refused(name):
     """Refused, not silently dropped: a gradient penalty would otherwise have no effect."""
     x, y, t = leaf(), leaf(seed=1), scalar(0.3)
     with pytest.raises(NotImplementedError, match="first derivatives only.*flashcl.reference"):
-        torch.autograd.grad(CALLS[name](x, y, t), x, create_graph=True)
+        torch.autograd.grad(CALLS[name](x, y, t), (x, y, t), create_graph=True)
 
 
 MEMORY = """

@@ -146,6 +146,12 @@ def sources():
     return sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".hpp", ".cpp"))
 
 
+def test_one_module_talks_to_torch_distributed():
+    named = {m: {n for n in imports(p.read_text(), m) if under(n, ["torch.distributed"])} for m, p in library()}
+    assert named.pop("flashcl.engine.ranks")
+    assert set().union(*named.values()) == {"torch.distributed.ProcessGroup"}  # the type of an argument
+
+
 def test_csrc_knows_no_torch():
     assert {path.name: torch_headers(path.read_text()) for path in sources()} == {path.name: [] for path in sources()}
     source = '#include <cuda.h>\n # include <torch/extension.h>\n#include "ATen/ATen.h"\n#include <c10/x.h>'

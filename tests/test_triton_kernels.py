@@ -150,12 +150,13 @@ def test_one_exp_where_it_is_safe(program, monkeypatch):
     assert own.calls == 0 and apart.calls == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("program", CLASSES)
-def test_several_exps_for_wild_logits(program, monkeypatch):
+def test_several_exps_for_wild_logits(program, dtype, monkeypatch):
     own = Spy(monkeypatch, sweep_module, "own_sums")
     apart = Spy(monkeypatch, grad_module, "weighted_exp")
-    p = problem(70, 50, 16, program, scale=30.0)
-    p = dataclasses.replace(p, x=(p.x * torch.logspace(-3, 1.4, 70)[:, None]).bfloat16())
+    p = problem(70, 50, 16, program, dtype=dtype, scale=30.0)
+    p = dataclasses.replace(p, x=(p.x * torch.logspace(-3, 1.4, 70)[:, None]).to(dtype))
     check_sweep(p)
     check_grad(p, softmax(p), tolerance=8e-3)
     assert own.calls > 0 and apart.calls > 0

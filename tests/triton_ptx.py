@@ -16,7 +16,7 @@ import torch
 
 import ptx
 from compile_budget import launches
-from kernels import everything, problem, wide
+from kernels import everything, in_float64, problem
 
 from flashcl.backends import torch as reference, triton as backend
 from flashcl.contract import LOSSES, REGIMES, case, violations
@@ -69,7 +69,7 @@ def main(arch, dtype):
         for program in CLASSES:
             for N, M, D, triangular in PROBLEMS:
                 p = problem(N, M, D, program, triangular, dtype=dtype)
-                got, want = everything(backend, p), everything(reference, wide(p))
+                got, want = everything(backend, p), everything(reference, in_float64(p))
                 errors = {k: ((got[k] - v).abs().max() / v.abs().max()).item() for k, v in want.items()}
                 say(problem=f"{program} {N} x {M} x {D}", errors=errors)
         for loss in LOSSES:

@@ -297,7 +297,7 @@ def _own_top_sums(s: Tensor, free: Tensor, axis: int) -> tuple[Tensor, Tensor]:
 def _own_top_sums_of_pairs(s: Tensor, line: Tensor, n: int) -> tuple[Tensor, Tensor]:
     top = s.new_full((n,), -torch.inf).scatter_reduce_(0, line, s, "amax")
     shift = top.masked_fill(top.isinf(), 0.0)
-    return top, _line_sums(torch.sub(s, shift[line]).exp_(), line, n)
+    return top, _line_sums(_exp_(torch.sub(s, shift[line])), line, n)
 
 
 def sweep_softplus(p: Problem) -> Tensor:
@@ -395,14 +395,14 @@ def grad(
                 total.g_cols[j] += g.sum(0)
             # The gradient of a column of S = S^T is that of its row, but where the tile has both.
             of_cols = total.dy if not p.triangular else None if diagonal else total.dx
-            _add_products_(g.to(tiles.operand_dtype), (total.dx, i, tile.y), (of_cols, j, x))
+            _add_gemms_(g.to(tiles.operand_dtype), (total.dx, i, tile.y), (of_cols, j, x))
     if row_sum is not None:
         total.row_sum.copy_(row_sum)
     tiled.unlift_(total, lift)
     return total
 
 
-def _add_products_(g: Tensor, rows: tuple[Tensor | None, slice, Tensor], cols: tuple[Tensor | None, slice, Tensor]) -> None:
+def _add_gemms_(g: Tensor, rows: tuple[Tensor | None, slice, Tensor], cols: tuple[Tensor | None, slice, Tensor]) -> None:
     """dx[i] += G y and dy[j] += G^T x, where these are wanted: (dx, i, y) and (dy, j, x)."""
     for operand, (total, at, other) in ((g, rows), (g.T, cols)):
         if total is not None:
@@ -459,7 +459,7 @@ def _softmax_of_classes(s: Tensor, positive: _Pairs | None, free: Tensor, row: _
 
 def _of_pairs(s: Tensor, side: _Side) -> Tensor:
     """weight exp(s - top) - offset of positives s (P,), (P,)"""
-    g = torch.sub(s, side.top[1]).exp_().mul_(side.weight[1])
+    g = _exp_(torch.sub(s, side.top[1])).mul_(side.weight[1])
     return g if side.offset is None else g.sub_(side.offset)
 
 

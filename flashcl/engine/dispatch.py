@@ -66,7 +66,9 @@ class Execution:
 
 
 def explain(x: Tensor, y: Tensor | None = None, *, group: ProcessGroup | Group | None = None) -> str:
-    """What backend="auto" takes for embeddings like x (N, D), and why it passes the others over. nt_xent: torch.cat([z1, z2]).
+    """What backend="auto" takes for embeddings like x (N, D), and why it passes the others over.
+
+    For nt_xent pass both views as one: torch.cat([z1, z2]).
 
     With a group, how rows of the other ranks come here; nothing is sent, so that they are taken to hold as many as this one.
     Returns text of one line per backend, the chosen one marked, and one for the group.

@@ -193,12 +193,12 @@ def grad(
 ) -> Grads:
     wanted = [name for name, need in needs._asdict().items() if need]
     world = _World.meet("the gradients of a loss", p, group, tile_scale, **{"gradients wanted": wanted})
-    p, partial = world.p, world.ranks.rules.others_are_constants
+    p, constants = world.p, world.ranks.rules.others_are_constants
     total = Grads.zeros(p, c, needs, cols=sum(world.cols_of_ranks))
     cols = None if isinstance(c, Sigmoid) else _coefficients_of_all(world, c)
     home = total.dx if p.triangular else total.dy
     columns_have_losses = p.triangular or (isinstance(c, Softmax) and c.col_weight is not None)
-    if partial and not columns_have_losses:
+    if constants and not columns_have_losses:
         home = None  # the losses of other ranks' rows give this rank's columns no gradient
     others = exchange(world.ranks, p.y, world.cols_of_ranks, world.share(), home)
     for block in others.walk():
@@ -206,7 +206,7 @@ def grad(
             continue
         own, problem, at = world.own(block), world.problem(block), world.at(block)
         wants_y = (total.dy if own else home) is not None
-        for part, for_x, for_y in _parts(c if own else _part(c, cols, block.rows, at), own, partial):
+        for part, for_x, for_y in _parts(c if own else _part(c, cols, block.rows, at), own, constants):
             g = backend.grad(problem, part, needs._replace(x=needs.x and for_x, y=wants_y and for_y))
             _add_(total, g, block.rows, at)
             if g.dy is not None:
@@ -247,12 +247,12 @@ def _part(c: Softmax | Sigmoid, cols: Softmax | None, rows: slice, at: list[slic
     )  # fmt: skip
 
 
-def _parts(c: Softmax | Sigmoid, own: bool, partial: bool) -> list[tuple[Softmax | Sigmoid, bool, bool]]:
+def _parts(c: Softmax | Sigmoid, own: bool, others_are_constants: bool) -> list[tuple[Softmax | Sigmoid, bool, bool]]:
     """The coefficients of each call of a backend, and whether its dx and its dy count.
 
     "local_partial": lines of other ranks are constants to a loss. What rows lose goes to them, what columns lose to those.
     """
-    if own or not partial:
+    if own or not others_are_constants:
         return [(c, True, True)]
     if isinstance(c, Sigmoid):
         return [(c, True, False)]

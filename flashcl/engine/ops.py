@@ -1,9 +1,9 @@
 """The operations of every backend as registered operators, so that torch.compile sees them as one node each.
 
-    flashcl::sweep, flashcl::sweep_softplus    statistics of a block of logits
-    flashcl::grad                              its gradients, given the coefficients of G
-    flashcl::partner_products, flashcl::finish(_) what is O(N D) about a positive that each row has, forward and backward
-    flashcl::tile_ratio                        such products as tiles have them, relative to what they are
+    flashcl::sweep, flashcl::sweep_softplus             statistics of a block of logits
+    flashcl::grad                                       its gradients, given the coefficients of G
+    flashcl::partner_products, ::finish and ::finish_   what is O(N D) about a positive that each row has, forward and backward
+    flashcl::tile_ratio                                 such products as tiles have them, relative to what they are
 
 With a group (ranks.py) the block is this rank's share of the world's, and no graph is being made (losses/common.py); without
 one, group is "".
@@ -14,6 +14,7 @@ A triangular problem goes without y. An absent output is a tensor without elemen
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import fields, replace
 
@@ -37,17 +38,24 @@ def operator(name: str, fake: Callable, mutates: tuple[str, ...] = ()) -> Callab
     def register(function: Callable) -> Callable:
         schema = torch.library.infer_schema(function, mutates_args=mutates)
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, function, "CompositeExplicitAutograd")
+        _library.impl(name, _counting(function, mutates) if mutates else function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"flashcl::{name}", fake, lib=_library)
         return getattr(torch.ops.flashcl, name).default
 
     return register
 
 
-def written(v: Tensor) -> None:
-    """Called by an operator that has written to v: below autograd nothing counts that, and who keeps v would not notice."""
-    if not v.is_inference():
-        torch.autograd.graph.increment_version(v)
+def _counting(function: Callable, mutates: tuple[str, ...]) -> Callable:
+    """Counts what it writes to: below autograd nothing else does, and who keeps such a tensor would not notice."""
+    places = [list(inspect.signature(function).parameters).index(name) for name in mutates]
+
+    def call(*args) -> None:
+        function(*args)
+        for v in (args[place] for place in places):
+            if not v.is_inference():
+                torch.autograd.graph.increment_version(v)
+
+    return call
 
 
 def sweep(problem: Problem, how: Execution, *, need_cols: bool, keep: bool) -> Statistics:
@@ -132,14 +140,12 @@ def _finish(
 ) -> None:
     shift = 0 if other is None else shift % max(len(other), 1)
     dispatch.load(backend).finish(acc, other, weight, shift, scale, out)
-    written(acc)
 
 
 @operator("finish_", fake=lambda *_: None, mutates=("acc",))
 def _finish_(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, backend: str) -> None:
     shift = 0 if other is None else shift % max(len(other), 1)
     dispatch.load(backend).finish(acc, other, weight, shift, scale, acc)
-    written(acc)
 
 
 def _unpack(p: Problem) -> tuple:

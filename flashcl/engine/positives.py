@@ -161,4 +161,3 @@ def _add_labels_(dx: Tensor, x: Tensor, each: Tensor, sums: Tensor, slot: Tensor
     for d, a, k, e in _in_chunks(dx, x, slot, each):
         a = a.to(d.dtype)
         d.addcmul_(sums[0][k] - a, e[:, None]).add_(sums[1][k] - a * e[:, None])
-    ops.written(dx)

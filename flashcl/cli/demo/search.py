@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import textwrap
 from pathlib import Path
 
@@ -35,11 +34,13 @@ def _load(path: Path) -> dict:
         saved = torch.load(path, weights_only=True)
     except FileNotFoundError:
         saved, state = None, "is not there"
-    except (RuntimeError, pickle.UnpicklingError, EOFError):
+    except OSError:
+        raise  # a folder, no permission: `main` says which
+    except Exception:  # the unpickler raises whatever foreign bytes lead it to
         saved, state = None, "cannot be read"
     else:
         state = "was not written by this version of flashcl demo"
-    if not isinstance(saved, dict) or saved.get("layout") != LAYOUT:
+    if not isinstance(saved, dict) or saved.get("layout") != LAYOUT or not {"encoder", "index", "functions"} <= saved.keys():
         raise UsageError(f"{path} {state}: run `flashcl demo` first, which trains the encoder (with the same --out)")
     return saved
 
