@@ -67,7 +67,7 @@ def for_all(backend, property_):
     settings(max_examples=EXAMPLES[backend], phases=PHASES[backend])(drawn)()
 
 
-def close(a, b, draw):
+def assert_close(a, b, draw):
     torch.testing.assert_close(a, b, **draw.close)
 
 
@@ -81,7 +81,7 @@ def test_info_nce_is_the_mean_of_both_directions(backend):
         options = dict(logit_scale=draw.scale, reduction="none", backend=backend)
         rows = flashcl.info_nce(x, y, symmetric=False, **options)
         cols = flashcl.info_nce(y, x, symmetric=False, **options)
-        close(flashcl.info_nce(x, y, **options), (rows + cols) / 2, draw)
+        assert_close(flashcl.info_nce(x, y, **options), (rows + cols) / 2, draw)
 
     for_all(backend, holds)
 
@@ -100,12 +100,12 @@ def test_losses_are_positive_and_reductions_agree(backend):
         ):
             none, total = loss("none"), loss("sum")
             assert none.isfinite().all() and (none >= 0).all()
-            close(total, none.sum(), draw)
+            assert_close(total, none.sum(), draw)
             assert none.dtype == total.dtype == draw.wide and total.shape == ()
         counted = (labels.bincount()[labels] > 1).sum().clamp(min=1)
         mean = flashcl.sup_con(x, labels, **t)
-        close(mean, flashcl.sup_con(x, labels, **t, reduction="sum") / counted, draw)
-        close(flashcl.nt_xent(x, y, **t), flashcl.nt_xent(x, y, **t, reduction="none").mean(), draw)
+        assert_close(mean, flashcl.sup_con(x, labels, **t, reduction="sum") / counted, draw)
+        assert_close(flashcl.nt_xent(x, y, **t), flashcl.nt_xent(x, y, **t, reduction="none").mean(), draw)
 
     for_all(backend, holds)
 
@@ -117,11 +117,11 @@ def test_permuting_rows_permutes_losses_and_gradients(backend):
         options = dict(logit_scale=draw.scale, backend=backend)
         loss = flashcl.info_nce(x, y, **options, reduction="none")
         permuted = flashcl.info_nce(x[p], y[p], **options, reduction="none")
-        close(permuted, loss[p], draw)
+        assert_close(permuted, loss[p], draw)
         rows, cols = flashcl.similarity_logsumexp(x, y, **options)
         new_rows, new_cols = flashcl.similarity_logsumexp(x[p], y[q], **options)
-        close(new_rows, rows[p], draw)
-        close(new_cols, cols[q], draw)
+        assert_close(new_rows, rows[p], draw)
+        assert_close(new_cols, cols[q], draw)
         if draw.wide == draw.dtype:  # in 16 bits a tile rounds G, and other tiles round it otherwise
             for a, b in zip(gradients(loss, x, y), gradients(permuted, x, y)):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * a.abs().max().item())
@@ -135,10 +135,10 @@ def test_biases_shift(backend):
         options = dict(logit_scale=draw.scale, backend=backend)
         rows, cols = flashcl.similarity_logsumexp(x, y, **options, row_bias=a, col_bias=b)
         shifted_rows, shifted_cols = flashcl.similarity_logsumexp(x, y, **options, row_bias=a + 3, col_bias=b - 1)
-        close(shifted_rows, rows + 2, draw)
-        close(shifted_cols, cols + 2, draw)
+        assert_close(shifted_rows, rows + 2, draw)
+        assert_close(shifted_cols, cols + 2, draw)
         only_rows = flashcl.similarity_logsumexp(x, y, **options, col_bias=b, axis="rows")
-        close(rows, only_rows + a, draw)
+        assert_close(rows, only_rows + a, draw)
 
     for_all(backend, holds)
 
@@ -152,9 +152,9 @@ def test_gradients_are_probabilities(backend):
         options = dict(logit_scale=draw.scale, row_bias=a, col_bias=b, backend=backend)
         for axis, ones, others in (("rows", a, b), ("cols", b, a)):
             da, db = gradients(flashcl.similarity_logsumexp(x, y, axis=axis, **options), ones, others)
-            close(da, torch.ones_like(da), draw)
+            assert_close(da, torch.ones_like(da), draw)
             assert (db >= 0).all()
-            close(db.sum(), torch.tensor(float(len(da)), dtype=draw.wide), draw)
+            assert_close(db.sum(), torch.tensor(float(len(da)), dtype=draw.wide), draw)
 
     for_all(backend, holds)
 
@@ -168,8 +168,8 @@ def test_log_sum_exps_of_column_blocks_merge(backend):
             return
         cut = 1 + int(draw.order(draw.m - 1)[0])
         first, second = (flashcl.similarity_logsumexp(x, part, **options) for part in (y[:cut], y[cut:]))
-        close(torch.logaddexp(first[0], second[0]), rows, draw)
-        close(torch.cat([first[1], second[1]]), cols, draw)
+        assert_close(torch.logaddexp(first[0], second[0]), rows, draw)
+        assert_close(torch.cat([first[1], second[1]]), cols, draw)
 
     for_all(backend, holds)
 
@@ -185,8 +185,8 @@ def test_log_sum_exp_lies_between_its_bounds(backend):
         assert (rows >= top - draw.close["atol"]).all()
         assert (rows <= top + torch.tensor(float(draw.m)).log() + draw.close["atol"]).all()
         swapped = flashcl.similarity_logsumexp(y, x, **options)
-        close(swapped[0], cols, draw)
-        close(swapped[1], rows, draw)
+        assert_close(swapped[0], cols, draw)
+        assert_close(swapped[1], rows, draw)
 
     for_all(backend, holds)
 
@@ -198,9 +198,9 @@ def test_excluding_the_diagonal_leaves_the_negatives(backend):
         rows, _ = flashcl.similarity_logsumexp(x, y, **options)
         others = flashcl.similarity_logsumexp(x, y, **options, exclude="diagonal", axis="rows")
         positive = draw.scale * (x.to(draw.wide) * y[: draw.n].to(draw.wide)).sum(1)
-        close(torch.logaddexp(others, positive), rows, draw)
+        assert_close(torch.logaddexp(others, positive), rows, draw)
         loss = flashcl.info_nce(x, y, **options, symmetric=False, reduction="none")
-        close(loss, rows - positive, draw)
+        assert_close(loss, rows - positive, draw)
 
     for_all(backend, holds)
 
@@ -211,8 +211,8 @@ def test_nt_xent_is_sup_con_of_pairs(backend):
         t = dict(temperature=1 / draw.scale, reduction="none", backend=backend)
         labels = draw.order(draw.n).repeat(2)
         pairs = flashcl.nt_xent(z1, z2, **t)
-        close(pairs, flashcl.sup_con(torch.cat([z1, z2]), labels, **t), draw)
-        close(pairs, flashcl.nt_xent(z2, z1, **t).roll(draw.n), draw)
+        assert_close(pairs, flashcl.sup_con(torch.cat([z1, z2]), labels, **t), draw)
+        assert_close(pairs, flashcl.nt_xent(z2, z1, **t).roll(draw.n), draw)
 
     for_all(backend, holds)
 
@@ -222,7 +222,7 @@ def test_sup_con_sees_only_which_labels_are_equal(backend):
         z, labels = draw.rows(draw.m), draw.order(draw.m) // 3
         t = dict(temperature=1 / draw.scale, reduction="none", backend=backend)
         loss = flashcl.sup_con(z, labels, **t)
-        close(loss, flashcl.sup_con(z, 2**40 - 7 * labels, **t), draw)
+        assert_close(loss, flashcl.sup_con(z, 2**40 - 7 * labels, **t), draw)
         alone = labels.bincount()[labels] == 1
         assert (loss[alone] == 0).all()
 
@@ -237,7 +237,7 @@ def test_siglip_of_a_row_knows_no_other_row(backend):
         options = dict(logit_scale=draw.scale, logit_bias=-draw.scale / 2, reduction="none", backend=backend)
         others = draw.rows(draw.n)
         others[0] = x[0]
-        close(flashcl.siglip(others, y, **options)[0], flashcl.siglip(x, y, **options)[0], draw)
+        assert_close(flashcl.siglip(others, y, **options)[0], flashcl.siglip(x, y, **options)[0], draw)
 
     for_all(backend, holds)
 
@@ -249,7 +249,7 @@ def test_normalize_makes_the_length_irrelevant(backend):
         # Powers of two, which change no digit; gradients along an embedding vanish.
         scaled = (4 * x).requires_grad_()
         loss = flashcl.info_nce(scaled, 0.5 * y, **options)
-        close(loss, flashcl.info_nce(x, y, **options), draw)
+        assert_close(loss, flashcl.info_nce(x, y, **options), draw)
         (dx,) = gradients(loss, scaled)
         along = (dx.double() * scaled.detach().double()).sum(1)
         assert (along.abs() <= 8 * torch.finfo(draw.dtype).eps * (1 + draw.scale)).all()

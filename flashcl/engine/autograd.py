@@ -271,8 +271,10 @@ class _SoftplusSum(torch.autograd.Function):
             return ops.sweep_softplus(problem, how, tile_scale=_tile_scale(problem, tile_ratio), keep=keep) - log_p
         c, needs = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype)), _needs(*ctx.needs_input_grad[:4])
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
-        wide = dict(dtype=problem.stat_dtype, d_scale_beside=torch.dot(d_pos, products), tile_ratio=tile_ratio)
-        g = _of_all_pairs(problem, c, positives, d_pos, needs, how, **wide)
+        g = _of_all_pairs(
+            problem, c, positives, d_pos, needs, how,
+            dtype=problem.stat_dtype, d_scale_beside=torch.dot(d_pos, products), tile_ratio=tile_ratio,
+        )  # fmt: skip
         ctx.save_for_backward(g.dx, g.dy, g.d_scale, g.g_rows)
         return (g.row_sum - log_p).sum()
 
@@ -284,9 +286,10 @@ class _SoftplusSum(torch.autograd.Function):
             positives = ctx.pairs.positives(ctx.how)
             problem = _problem(x, y, logit_scale, row_bias, None, ctx.pairs, positives)
             c, d_pos = Sigmoid(upstream.to(problem.stat_dtype)), d_pos * upstream
-            needs, d_scale = _needs(*ctx.needs_input_grad[:4]), torch.dot(d_pos, products)
-            rest = dict(dtype=ctx.dtype, d_scale_beside=d_scale, tile_ratio=tile_ratio)
-            g = _of_all_pairs(problem, c, positives, d_pos, needs, ctx.how, **rest)
+            g = _of_all_pairs(
+                problem, c, positives, d_pos, _needs(*ctx.needs_input_grad[:4]), ctx.how,
+                dtype=ctx.dtype, d_scale_beside=torch.dot(d_pos, products), tile_ratio=tile_ratio,
+            )  # fmt: skip
             return g.dx, g.dy, g.d_scale, g.g_rows, None, None, None, None
         # The gradient of a column has come from the rows of all ranks already, each with an upstream gradient of 1.
         what = 'the upstream gradient of siglip (reduction="none" lets each rank have its own)'

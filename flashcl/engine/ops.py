@@ -118,7 +118,7 @@ def finish(
 @operator("partner_products", fake=lambda x, y, shift, backend: x.new_empty(x.shape[0], dtype=torch.float64))
 def partner_products(x: Tensor, y: Tensor, shift: int, backend: str) -> Tensor:
     """<x_i, y_j> with j = (i + shift) mod M, (N,) float64"""
-    return dispatch.load(backend).partner_products(x, y, shift % max(len(y), 1))
+    return dispatch.load(backend).partner_products(x, y, _to_the_right(shift, y))
 
 
 @operator("tile_ratio", fake=lambda x, y, products, shift, backend: products.new_empty(1))
@@ -138,14 +138,17 @@ def tile_ratio(x: Tensor, y: Tensor, products: Tensor, shift: int, backend: str)
 def _finish(
     acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, out: Tensor, backend: str
 ) -> None:
-    shift = 0 if other is None else shift % max(len(other), 1)
-    dispatch.load(backend).finish(acc, other, weight, shift, scale, out)
+    dispatch.load(backend).finish(acc, other, weight, _to_the_right(shift, other), scale, out)
 
 
 @operator("finish_", fake=lambda *_: None, mutates=("acc",))
 def _finish_(acc: Tensor, other: Tensor | None, weight: Tensor | None, shift: int, scale: Tensor, backend: str) -> None:
-    shift = 0 if other is None else shift % max(len(other), 1)
-    dispatch.load(backend).finish(acc, other, weight, shift, scale, acc)
+    dispatch.load(backend).finish(acc, other, weight, _to_the_right(shift, other), scale, acc)
+
+
+def _to_the_right(shift: int, other: Tensor | None) -> int:
+    """The same shift modulo the rows of other, as backends take it: 0 or more."""
+    return 0 if other is None else shift % max(len(other), 1)
 
 
 def _unpack(p: Problem) -> tuple:
