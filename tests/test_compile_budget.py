@@ -6,14 +6,10 @@ Sizes that are not multiples of 16 make kernels of their own, compiled where reg
 float16 stands for bfloat16 once: the code differs in a conversion and in the lift of G.
 """
 
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from absent_gpus import run_each
 
 pytest.importorskip("triton")
 
@@ -28,21 +24,10 @@ INSTRUCTIONS = {80: {"mma", "cp_async"}, 90: {"wgmma", "tma"}, 100: {"tcgen05", 
 INSTRUCTIONS |= dict.fromkeys((86, 89, 120), INSTRUCTIONS[80])
 
 
-def compile_all(run, cache):
-    """The resources of every kernel of a run, from a process that does not interpret (this one may)."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
-    command = [sys.executable, str(SCRIPT), *map(str, run)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        return done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    cache = tmp_path_factory.mktemp("triton")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(RUNS, pool.map(lambda run: compile_all(run, cache), RUNS)))
+    """{run: the resources of every kernel}"""
+    return run_each(SCRIPT, RUNS, tmp_path_factory)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: "-".join(map(str, run)))

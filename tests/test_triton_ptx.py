@@ -3,16 +3,12 @@
 sm_100 and its tcgen05 are compiled (test_compile_budget.py), and not run.
 """
 
-import json
-import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import ptx
+from absent_gpus import run_each
 
 from flashcl.contract import LOSSES, REGIMES
 
@@ -27,19 +23,10 @@ KNOWN = {"bfloat16": {"sup_con duplicates"}}
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    """{run: what its process said, or its errors}. Processes of their own, since this one may interpret."""
+    """{run: what its process said, or its errors}"""
     if isinstance(machine := ptx.machine(), str):
         pytest.skip(machine)
-    cache = tmp_path_factory.mktemp("triton")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
-
-    def run(arguments):
-        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        return done.stderr[-3000:] if done.returncode else [json.loads(line) for line in done.stdout.splitlines()]
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(RUNS, pool.map(run, RUNS)))
+    return run_each(SCRIPT, RUNS, tmp_path_factory)
 
 
 @pytest.mark.parametrize("arch, dtype", RUNS)
