@@ -8,7 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from flashcl.dtypes import DTYPES, computed_dtype, statistic_dtype, wide
+from flashcl.dtypes import DTYPES, computed_dtype, statistic_dtype, to_statistic_dtype
 
 
 def embeddings(group: object | None = None, **named: Tensor) -> None:
@@ -77,7 +77,7 @@ def logit_scale(x: Tensor, *, temperature: float | Tensor | None, logit_scale: f
 
 def inverse_temperature(temperature: float | Tensor, x: Tensor) -> Tensor:
     if isinstance(temperature, Tensor):
-        return wide(scalar("temperature", temperature, x), x).reciprocal()
+        return to_statistic_dtype(scalar("temperature", temperature, x), x).reciprocal()
     value = number("temperature", temperature, "float or a one-element tensor")
     largest = torch.finfo(statistic_dtype(x)).max
     if not value > 0 or value * largest < 1:

@@ -324,14 +324,32 @@ class Yardstick:
 
     def check(self, backend: str = "auto", function: Callable | None = None) -> list[Finding]:
         """Every bound on every value and gradient, of a backend or of `function`."""
-        options = {} if function else dict(backend=backend)
-        function = function or getattr(flashcl, self.case.function)
-        out, findings = evaluate(function, replace(self.case, options=self.case.options | options)), []
+        return self.judge(self.results(backend, function))
+
+    def results(self, backend: str = "auto", function: Callable | None = None) -> dict[str, Tensor]:
+        """What `evaluate` returns for flashcl's function on a backend, or for `function`."""
+        if function is not None:
+            return evaluate(function, self.case)
+        return evaluate(
+            getattr(flashcl, self.case.function), replace(self.case, options=self.case.options | dict(backend=backend))
+        )
+
+    def judge(self, results: dict[str, Tensor]) -> list[Finding]:
+        """Every bound on every value and gradient."""
+        findings = []
         for quantity, truth in self.truth.items():
             tight = TIGHT[self.dtype][quantity.startswith("grad")] if self.dtype in TIGHT else None
-            errors = [e[quantity] for e in self.dense], None if tight is None else [e[quantity] for e in self.dense32]
-            findings += judge(quantity, out[quantity], truth, *errors, tight)
+            dense = [e[quantity] for e in self.dense]
+            dense32 = None if self.dense32 is None else [e[quantity] for e in self.dense32]
+            findings += judge(quantity, results[quantity], truth, dense=dense, dense32=dense32, tight=tight)
         return findings
+
+    def errors(self, results: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {quantity: truth.error(results[quantity]) for quantity, truth in self.truth.items()}
+
+    def worst(self, errors: dict[str, Tensor]) -> float:
+        """The largest relative L2 error of all values and gradients."""
+        return max((errors[quantity].norm() / truth.high.norm()).item() for quantity, truth in self.truth.items())
 
 
 def truth_of(c: Case) -> dict[str, Truth]:
@@ -362,7 +380,8 @@ def exact_truth(c: Case, real: type) -> dict[str, Truth]:
 def dense_errors(c: Case, truth: dict[str, Truth], orders: int = 16) -> list[dict[str, Tensor]]:
     """Errors of the dense formula on the tensors of c as they are, in several orders of rows, columns and features."""
     dense, errors = getattr(reference, c.function), []
-    for order in map(Order.of(c), range(orders)):
+    for seed in range(orders):
+        order = Order.of(c, seed)
         result = order.undo(c, evaluate(dense, order.apply(c), order))
         errors.append({quantity: truth[quantity].error(result[quantity]) for quantity in truth})
     return errors
@@ -387,22 +406,19 @@ class Order:
     features: Tensor
 
     @staticmethod
-    def of(c: Case) -> Callable[[int], Order]:
-        """seed -> an order for inputs of this shape; 0 is the given one."""
+    def of(c: Case, seed: int) -> Order:
+        """For inputs like those of c; the seed 0 gives the order that they have."""
         matrices = [v for v in c.tensors.values() if v.dim() == 2]
         n, m, d = len(matrices[0]), len(matrices[-1]), matrices[0].shape[1]
+        generator = torch.Generator().manual_seed(seed)
 
-        def make(seed: int) -> Order:
-            def shuffle(k):
-                order = torch.randperm(k, generator=generator) if seed else torch.arange(k)
-                return order.to(c.device)
+        def shuffle(k: int) -> Tensor:
+            order = torch.randperm(k, generator=generator) if seed else torch.arange(k)
+            return order.to(c.device)
 
-            generator = torch.Generator().manual_seed(seed)
-            paired = shuffle(min(n, m))
-            rows, cols = (torch.cat([paired, len(paired) + shuffle(k - len(paired))]) for k in (n, m))
-            return Order(rows, cols, shuffle(d))
-
-        return make
+        paired = shuffle(min(n, m))
+        rows, cols = (torch.cat([paired, len(paired) + shuffle(k - len(paired))]) for k in (n, m))
+        return Order(rows, cols, shuffle(d))
 
     def apply(self, c: Case) -> Case:
         def reorder(named):

@@ -16,9 +16,9 @@ def computed_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device)
 
 
-def wide(value: Tensor, x: Tensor) -> Tensor:
-    """In the dtype of the statistics of x."""
-    return value.to(statistic_dtype(x))
+def to_statistic_dtype(value: Tensor, like: Tensor) -> Tensor:
+    """In the dtype of the statistics of embeddings."""
+    return value.to(statistic_dtype(like))
 
 
 def statistic_dtype(x: Tensor) -> torch.dtype:

@@ -1,8 +1,8 @@
 """The losses as modules that own their temperature (and bias), with the published initialisations.
 
-Each holds the logarithm of its scale, log(1 / temperature), as `log_logit_scale`, (): a parameter if it is learnable, a
-buffer if not. They return what their functions do: float32 (float64 for float64 embeddings), nats, () or with
-reduction="none" one for each row.
+Each holds the logarithm of its scale, log(1 / temperature), as `log_logit_scale`, (): a parameter if it is learnable, which
+the optimizer has to be given like those of the model, a buffer if not. They return what their functions do: float32 (float64
+for float64 embeddings), nats, () or with reduction="none" one for each row.
 """
 
 from __future__ import annotations
@@ -94,9 +94,15 @@ class _WithLogitScale(nn.Module):
 
 
 class InfoNCELoss(_WithLogitScale):
-    """`flashcl.info_nce` with CLIP's learnable temperature: 1 / 0.07 at first, logit_scale at most 100.
+    """`flashcl.info_nce` with CLIP's learnable temperature: 0.07 at first, logit_scale at most 100.
 
-    Call with x (N, D), y (M, D). The options are those of the function.
+    Call with x (N, D), y (M, D).
+
+    temperature: the one to begin with.
+    learnable: `log_logit_scale` is a parameter, for the optimizer to have: [*model.parameters(), *criterion.parameters()];
+        otherwise a buffer.
+    max_logit_scale: what a learnable scale acts as at most; None: no bound.
+    The other options are those of the function.
     Source: Radford et al. 2021, section 2.5.
     """
 
@@ -120,9 +126,13 @@ class InfoNCELoss(_WithLogitScale):
 
 
 class SigLIPLoss(_WithLogitScale):
-    """`flashcl.siglip` with learnable temperature and bias: logit_scale 10 and logit_bias -10 at first.
+    """`flashcl.siglip` with learnable scale and bias.
 
-    Call with x (N, D), y (N, D). The options are those of the function.
+    Call with x (N, D), y (N, D).
+
+    logit_scale, logit_bias: those to begin with.
+    learnable: `log_logit_scale` and `logit_bias` are parameters, for the optimizer to have; otherwise buffers.
+    The other options are those of the function.
     Source: Zhai et al. 2023, algorithm 1.
     """
 
@@ -150,9 +160,13 @@ class SigLIPLoss(_WithLogitScale):
 
 
 class NTXentLoss(_WithLogitScale):
-    """`flashcl.nt_xent` with SimCLR's fixed temperature, 0.5 (learnable=True learns it).
+    """`flashcl.nt_xent` with SimCLR's fixed temperature, 0.5.
 
-    Call with z1 (N, D), z2 (N, D). The options are those of the function.
+    Call with z1 (N, D), z2 (N, D).
+
+    temperature: the fixed one, or the one to begin with.
+    learnable: `log_logit_scale` is a parameter, for the optimizer to have; otherwise a buffer.
+    The other options are those of the function.
     Source: Chen et al. 2020, eq. 1.
     """
 
@@ -174,9 +188,13 @@ class NTXentLoss(_WithLogitScale):
 
 
 class SupConLoss(_WithLogitScale):
-    """`flashcl.sup_con` with a fixed temperature, 0.07 (learnable=True learns it).
+    """`flashcl.sup_con` with a fixed temperature, 0.07.
 
-    Call with z (N, D), labels (N,). The options are those of the function.
+    Call with z (N, D), labels (N,).
+
+    temperature: the fixed one, or the one to begin with.
+    learnable: `log_logit_scale` is a parameter, for the optimizer to have; otherwise a buffer.
+    The other options are those of the function.
     Source: Khosla et al. 2020, eq. 2.
     """
 

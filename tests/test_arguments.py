@@ -117,7 +117,7 @@ def test_no_columns(function, name):
 
 def test_a_rank_may_have_no_rows():
     alone = torch.distributed.ProcessGroup(0, 1)
-    assert flashcl.explain(X[:0], Y, group=alone).startswith("0 x 4 logits of width 2")
+    assert flashcl.explain(X[:0], Y, group=alone).startswith("0 x 4 logits, D = 2")
     with raises(ValueError, "x", "at least one row"):
         flashcl.explain(X[:0], Y)
     with raises(ValueError, "x", "at least one row and one column"):
@@ -125,7 +125,7 @@ def test_a_rank_may_have_no_rows():
 
 
 def test_explain():
-    assert flashcl.explain(X, Y).startswith("3 x 4 logits of width 2, torch.float32 on cpu\n")
+    assert flashcl.explain(X, Y).startswith("3 x 4 logits, D = 2, torch.float32 on cpu\n")
     assert flashcl.explain(X).startswith("3 x 3 logits")
     with raises(TypeError, "x", "Tensor", "list"):
         flashcl.explain([[1.0]])

@@ -67,7 +67,7 @@ def check(monkeypatch, capsys, nt_xent):
         monkeypatch.delitem(check_command.CASES, "600 rows")
     code = main(["check", "--backend", "torch"])
     found = re.findall(
-        r"^(\w+) +torch +(\w+) +(\S+) +(\S+) +(ok|FAILED)\n((?:    .*\n)*)", capsys.readouterr().out, re.M
+        r"^(\w+) +(\w+) +torch +(\S+) +(\S+) +(ok|FAILED)\n((?:    .*\n)*)", capsys.readouterr().out, re.M
     )
     assert len(found) == 2 * 4
     return code, {row[:2]: row[2:] for row in found}
@@ -95,9 +95,11 @@ def test_check_fails_where_a_loss_is_wrong(monkeypatch, capsys, nt_xent, reasons
 
 
 def test_the_error_that_check_prints_is_the_worst(monkeypatch, capsys):
-    """Of all regimes, values and gradients: one regime is wrong, and there every value is right."""
+    """Of all regimes, values and gradients: one regime is wrong, and there every value is right. The truth has more digits
+    than float64: dense PyTorch in float64 has an error, too."""
     _, table = check(monkeypatch, capsys, wrong_in_one_regime)
-    assert table["nt_xent", "float64"][:2] == ("2.0e-02", "0.0e+00")
+    ours, dense = table["nt_xent", "float64"][:2]
+    assert ours == "2.0e-02" and 1e-16 < float(dense) < 1e-10
     assert float(table["siglip", "float64"][0]) < 1e-12 < 1e-4 < float(table["siglip", "bfloat16"][1])
 
 

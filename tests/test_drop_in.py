@@ -39,7 +39,7 @@ def recipes() -> dict[str, str]:
     return dict(re.findall(r"^### (.*?)\n.*?```python\n(.*?)```", section(PAGE, "Recipes"), re.M | re.S))
 
 
-CALLS = table(README, "Migrating from other libraries") | table(PAGE, "Options") | recipes()
+CALLS = table(README, "Migrating from other libraries") | table(PAGE, "More calls") | recipes()
 CALLS_OF_RANKS = table(PAGE, "Ranks")
 
 
@@ -188,7 +188,7 @@ FORMULAS = {
     "Transformers `SiglipModel`, `return_loss=True`": lambda x, y, log_s, b: sigmoid(hugging_face(x, y) * log_s.exp() + b),
     f"{RANKING}, and `Cached…`": lambda x, y: ranking(x, y),
     "the same with hard negatives `n`": lambda x, y, n: ranking(x, torch.cat([y, n])),
-    'the same with `directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"`': lambda x, y: two_directions(x, y, y),
+    'sentence-transformers `MultipleNegativesRankingLoss(model, directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction")`': lambda x, y: two_directions(x, y, y),
     "lightly `NTXentLoss()(x, y)`": lambda x, y: sim_clr(normalize(x, dim=1), normalize(y, dim=1), 0.5),
     "pytorch-metric-learning `SelfSupervisedLoss(NTXentLoss())(x, y)`": lambda x, y: of_positive_pairs(
         torch.cat([x, y]), torch.arange(len(x)).repeat(2), 0.07

@@ -1,8 +1,10 @@
 """`flashcl plan`: its formulas against numbers worked out by hand. test_distributed.py counts those of real ranks."""
 
 import argparse
+import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from flashcl.cli import main
 from flashcl.cli.bench.results import Results, Row
 from flashcl.cli.plan import MESSAGE, WORKSPACE, Plan, count, rate
 
+MILLION = Path(__file__).parents[1] / "bench/results/million-h200.json"
 MESSAGES = 3 * MESSAGE  # to each of three others
 
 
@@ -61,6 +64,13 @@ def test_memory_of_sup_con_by_hand():
     assert plan.memory("ring") == towers + on_its_way + block + class_sums + vectors + WORKSPACE
 
 
+def test_memory_of_a_million_rows_on_one_gpu():
+    """As measured there, less than a tenth above it: what no rank sends is not held either."""
+    row = json.loads(MILLION.read_text())["rows"][0]
+    planned = Plan("info_nce", batch=row["n"], dim=row["d"], ranks=1).memory("alone")
+    assert 1e9 * row["peak_gb"] <= planned <= 1.1e9 * row["peak_gb"]
+
+
 def test_sizes_and_rates_as_people_write_them():
     assert [count(text) for text in ("4M", "64k", "1000", "1.5K")] == [4 * 2**20, 65536, 1000, 1536]
     assert rate("400Gb") == rate("50GB") == rate("400Gb/s") == 50e9
@@ -75,8 +85,15 @@ ARGUMENTS = ["plan", "--batch", "4M", "--dim", "1024", "--gpus", "256", "--inter
 def test_the_command(capsys):
     assert main([*ARGUMENTS, "--gpu", "h200"]) == 0
     out = capsys.readouterr().out
-    for words in ("gather", "ring", "largest batch", "what auto takes", "published peak", "A model, not a measurement"):
+    for words in ("gather", "ring", "largest batch", "auto takes this strategy", "published peak", "A model, not a measurement"):
         assert words in out
+
+
+def test_one_rank_sends_nothing(capsys):
+    assert main([*ARGUMENTS, "--gpus", "1"]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^(\w+) +\w+ +[\d.]+ +0.0 +0.00 +0.00$", out, re.M) == ["alone", "alone"]
+    assert "ring" not in out and "gather" not in out
 
 
 @pytest.mark.parametrize("interconnect, slower", [("50GB", "computing"), ("0.01GB", "sending")])

@@ -77,7 +77,7 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool = False, workspace: int = t
         _C.fold(sums, out, first, last, stream)
 
     with _on(p.x.device) as stream:  # which launch and fold read
-        return tiled.sweep(p, need_cols, workspace / _bytes_of_sums(p), _C.TILE, launch, fold)
+        return tiled.sweep(p, need_cols, workspace / tiled.bytes_of_sums(p, _C.TILE, _C.TILE), _C.TILE, launch, fold)
 
 
 class _Lines(NamedTuple):
@@ -88,15 +88,10 @@ class _Lines(NamedTuple):
     deviation: Tensor | None = None  # (tiles, lines)
 
 
-def _bytes_of_sums(p: Problem) -> float:
-    """Of the statistics of all tiles, per logit: top and total of every class and perhaps a deviation, of rows and columns."""
-    return 4 * (2 * p.classes + (p.center is not None)) * 2 / _C.TILE
-
-
 def sweep_softplus(p: Problem, *, workspace: int = tiled.WORKSPACE) -> Tensor:
     a, ones = _Arguments.of(p), torch.ones(_whole(slice(0, len(p.x))), dtype=torch.float32, device=p.x.device)
     total = ones.new_zeros(len(p.x))
-    for i, j in tiled.blocks(p, workspace / _bytes_of_sums(p), _C.TILE):
+    for i, j in tiled.blocks(p, workspace / tiled.bytes_of_sums(p, _C.TILE, _C.TILE), _C.TILE):
         sums = ones.new_empty(_tiles(j), _whole(i))
         with _on(p.x.device) as stream:
             _C.sigmoid(a.block(i, j), ones, sums, stream=stream)

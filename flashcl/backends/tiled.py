@@ -19,6 +19,12 @@ from flashcl.engine.problem import Grads, LogSumExp, Needs, Problem, Sigmoid, So
 WORKSPACE = 512 * 2**20
 
 
+def bytes_of_sums(p: Problem, rows: int, cols: int) -> float:
+    """Of the statistics that a sweep leaves of all tiles of rows x cols, per logit: a top and a total of every class and
+    perhaps a deviation, for each row and each column of a tile."""
+    return 4 * (2 * p.classes + (p.center is not None)) * (1 / rows + 1 / cols)
+
+
 # ---- blocks --------------------------------------------------------------------------------------------------------------
 
 

@@ -94,7 +94,7 @@ def sweep(p: Problem, *, need_cols: bool, keep: bool = False, plan: Plan | None 
         sweep_kernels.sweep(x, y, block, rows, rows if diagonal else cols, None, program, diagonal, tile)
         return rows, cols
 
-    cells = plan.workspace / _bytes_of_sums(p, plan)
+    cells = plan.workspace / tiled.bytes_of_sums(p, plan.tile.BN, plan.tile.BM)
     return tiled.sweep(p, need_cols, cells, plan.step(), launch, sweep_kernels.fold)
 
 
@@ -110,16 +110,11 @@ def _lines(p: Problem, center: Tensor | None, tiles: int, n: int, at: slice) -> 
     return Lines(sums) if center is None else Lines(sums, center[at.start :], sums.new_empty(tiles, n))
 
 
-def _bytes_of_sums(p: Problem, plan: Plan) -> float:
-    """Of the statistics of all tiles, per logit: top and total of every class and perhaps a deviation, of rows and columns."""
-    return 4 * (2 * p.classes + (p.center is not None)) * (1 / plan.tile.BN + 1 / plan.tile.BM)
-
-
 def sweep_softplus(p: Problem, *, plan: Plan | None = None) -> Tensor:
     plan = plan or Plan.of(p, "sweep")
     p, program = _loadable(p), PROGRAMS[p.program]
     total = torch.zeros(len(p.x), dtype=torch.float32, device=p.x.device)
-    for i, j in tiled.blocks(p, plan.workspace / _bytes_of_sums(p, plan), plan.step()):
+    for i, j in tiled.blocks(p, plan.workspace / tiled.bytes_of_sums(p, plan.tile.BN, plan.tile.BM), plan.step()):
         x, y, block = _block(p, i, j)
         sums = total.new_empty(cdiv(block.M, plan.tile.BM), tiled.whole(block.N, plan.tile.BN))
         sweep_kernels.sweep(x, y, block, None, None, sums, program, False, plan.tile)

@@ -155,6 +155,8 @@ class Plan:
         in_flight = self.lines if strategy == "ring" else self.ranks * self.chunk_lines()
         on_its_way = 2 * in_flight * self.dim * (self.itemsize + STATISTIC)
         block = 2 * self.lines * self.dim * STATISTIC  # gradients that one call of a backend returns
+        if self.ranks == 1:  # nothing travels, and that one call has them all
+            on_its_way = block = 0
         vectors = self.lines * self.ranks * (4 + self.classes * 4 * STATISTIC)
         # class sums, in float64 and rounded
         labels = 2 * self.lines * self.dim * (8 + STATISTIC) if self.loss == "sup_con" else 0
@@ -197,19 +199,19 @@ def run(args) -> int:
     if args.dtype == "float32" and args.calibrate is None:
         raise UsageError("--dtype float32 needs --calibrate: the published peaks are those of 16-bit products")
     peak, memory = GPUS[args.gpu]
-    where = f"the published peak of the {args.gpu.upper()}, a lower bound of the time (--calibrate: a measured rate)"
+    where = f"the published peak of the {args.gpu.upper()}, so that times are lower bounds (--calibrate: a measured rate)"
     if args.calibrate is not None:
         peak, where = measured_rate(args.calibrate, args.loss, args.dtype, args.dim)
     plan = Plan(args.loss, args.batch, args.dim, args.gpus, itemsize=4 if args.dtype == "float32" else 2)
     of_a_rank = f"{plan.lines:,} lines each, D = {args.dim}, {args.dtype}"
-    print(f"{args.loss}, batch {args.batch:,} over {args.gpus} ranks, {of_a_rank}")
+    print(f"{args.loss}, batch {args.batch:,} over {args.gpus} rank{'s' * (args.gpus > 1)}, {of_a_rank}")
     print(f"matrix rate {peak / 1e12:.4g} TFLOP/s: {where}")
     print(f"interconnect {args.interconnect / 1e9:.1f} GB/s per rank, one way. A model, not a measurement.\n")
     header = f"{'strategy':<10}{'walk':<22}{'compute ms':>12}{'sent MB':>12}{'comm ms':>10}{'exposed ms':>12}"
     print(header)
     line_bytes = args.dim * plan.itemsize
     auto = choose_strategy("auto", plan.lines * args.gpus, line_bytes, plan.chunk)
-    for strategy in ("gather", "ring"):
+    for strategy in ("gather", "ring") if args.gpus > 1 else ("alone",):
         total = 0.0
         for walk in plan.walks(strategy):
             compute, communication = walk.flops / peak, walk.bytes / args.interconnect
@@ -220,8 +222,8 @@ def run(args) -> int:
             )
         held, largest = plan.memory(strategy), plan.largest_batch(strategy, memory)
         print(
-            f"{'':<10}step {1e3 * total:.1f} ms; memory of the loss {held / 1e9:.2f} of {memory / 1e9:.0f} GB; "
-            f"largest batch that fits {largest:,}{' (what auto takes)' if strategy == auto else ''}\n"
+            f"{'':<10}step {1e3 * total:.1f} ms; memory of the loss and its inputs {held / 1e9:.2f} of {memory / 1e9:.0f} GB; "
+            f"largest batch that fits {largest:,}{'; auto takes this strategy' if strategy == auto else ''}\n"
         )
     return 0
 

@@ -65,7 +65,7 @@ def log_sum_exp(
     *,
     need_cols: bool,
 ) -> LogMasses:
-    y, col_bias = _another(y, x), _another(col_bias, row_bias)
+    y, col_bias = _unaliased(y, x), _unaliased(col_bias, row_bias)
     tensors = x, y, *_statistic_dtype(x, logit_scale, row_bias, col_bias)
     return LogMasses(*_LogSumExp.apply(*tensors, pairs, how, need_cols, _backward_follows(*tensors)))
 
@@ -81,7 +81,7 @@ def softplus_sum(
     per_row: bool,
 ) -> Tensor:
     """(N,) float64 or, not per_row, their sum: then gradients are made in the forward sweep, and backward only scales them."""
-    y, (logit_scale, row_bias) = _another(y, x), _statistic_dtype(x, logit_scale, row_bias)
+    y, (logit_scale, row_bias) = _unaliased(y, x), _statistic_dtype(x, logit_scale, row_bias)
     backward = _backward_follows(x, y, logit_scale, row_bias)
     loss = _SoftplusSum.apply(x, y, logit_scale, row_bias, pairs, how, per_row or not backward, backward)
     return loss if per_row or not loss.dim() else loss.sum()
@@ -92,7 +92,7 @@ def _backward_follows(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
 
 
-def _another(b: Tensor | None, a: Tensor | None) -> Tensor | None:
+def _unaliased(b: Tensor | None, a: Tensor | None) -> Tensor | None:
     """b, as a tensor of its own where it is a: torch.compile passes no tensor twice to an autograd function."""
     return b.view_as(b) if b is not None and b is a else b
 
@@ -144,7 +144,7 @@ class _LogSumExp(torch.autograd.Function):
 
         col_parts = None if s.col is None else s.col.parts
         # What was found out is kept here and not in `pairs`: torch.compile would lose it (torch 2.7).
-        found = () if pairs.labels is None else (positives.number, positives.slot, positives.ordered, positives.inverse)
+        found = () if positives is None else positives.found()
         ctx.save_for_backward(x, y, logit_scale, row_bias, col_bias, s.row.parts, col_parts, products, s.kept, *found)
         ctx.pairs, ctx.how = pairs, how
         ctx.set_materialize_grads(False)
@@ -184,7 +184,7 @@ class _LogSumExp(torch.autograd.Function):
             of_cols = () if col is None else (col.of_top(d_col[None]), col.top)
             c = Softmax(row.of_top(d_row[None]), row.top, *of_cols, about=about)
         needs = _needs(*ctx.needs_input_grad[:5])
-        g = _of_all_pairs(problem, c, positives, d_pos, needs, ctx.how, dtype=ctx.dtype, d_scale_beside=d_scale_beside, kept=kept)
+        g = _gradients(problem, c, positives, d_pos, needs, ctx.how, dtype=ctx.dtype, d_scale_beside=d_scale_beside, kept=kept)
         return g.dx, g.dy, g.d_scale, g.g_rows, g.g_cols, None, None, None, None
 
 
@@ -236,7 +236,7 @@ def _mean_product(p: Problem, products: Tensor | None, positives: Partner | Same
     these count by how far a product is from the mean.
     """
     if products is None:
-        return _mean_of_all_pairs(p, group)
+        return _mean_gradients(p, group)
     if isinstance(positives, Partner) and not group:  # every row has one: a single launch
         return products.mean(0, keepdim=True, dtype=p.stat_dtype)
     some = positives.inverse != 0 if isinstance(positives, SameLabel) else torch.ones_like(products, dtype=torch.bool)
@@ -244,7 +244,7 @@ def _mean_product(p: Problem, products: Tensor | None, positives: Partner | Same
     return (total / count.clamp(min=1)).to(p.stat_dtype).reshape(1)
 
 
-def _mean_of_all_pairs(p: Problem, group: str) -> Tensor:
+def _mean_gradients(p: Problem, group: str) -> Tensor:
     lines = [p.x] if p.triangular else [p.x, p.y]
     sums = torch.stack([v.sum(0, dtype=p.stat_dtype) for v in lines])  # (1 or 2, D)
     counts = [v.shape[0] for v in lines]
@@ -271,7 +271,7 @@ class _SoftplusSum(torch.autograd.Function):
             return ops.sweep_softplus(problem, how, tile_scale=_tile_scale(problem, tile_ratio), keep=keep) - log_p
         c, needs = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype)), _needs(*ctx.needs_input_grad[:4])
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
-        g = _of_all_pairs(
+        g = _gradients(
             problem, c, positives, d_pos, needs, how,
             dtype=problem.stat_dtype, d_scale_beside=torch.dot(d_pos, products), tile_ratio=tile_ratio,
         )  # fmt: skip
@@ -286,7 +286,7 @@ class _SoftplusSum(torch.autograd.Function):
             positives = ctx.pairs.positives(ctx.how)
             problem = _problem(x, y, logit_scale, row_bias, None, ctx.pairs, positives)
             c, d_pos = Sigmoid(upstream.to(problem.stat_dtype)), d_pos * upstream
-            g = _of_all_pairs(
+            g = _gradients(
                 problem, c, positives, d_pos, _needs(*ctx.needs_input_grad[:4]), ctx.how,
                 dtype=ctx.dtype, d_scale_beside=torch.dot(d_pos, products), tile_ratio=tile_ratio,
             )  # fmt: skip
@@ -299,7 +299,7 @@ class _SoftplusSum(torch.autograd.Function):
         return dx, dy, d_scale, d_row_bias, None, None, None, None
 
 
-def _of_all_pairs(
+def _gradients(
     p: Problem,
     c: Softmax | Sigmoid,
     positives: Partner | SameLabel | None,
@@ -316,8 +316,11 @@ def _of_all_pairs(
     g = ops.grad(p, c, needs, how, tile_scale=_tile_scale(p, tile_ratio), kept=kept)
     dx, dy, d_row_bias = g.dx, g.dy, g.g_rows
     if positives is None:
-        alone = None, None, 0, p.logit_scale, dtype
-        dx, dy = (None if d is None else ops.finish(d, *alone, backend=how.backend) for d in (dx, dy))
+
+        def scaled(d: Tensor | None) -> Tensor | None:
+            return None if d is None else ops.finish(d, None, None, 0, p.logit_scale, dtype, backend=how.backend)
+
+        dx, dy = scaled(dx), scaled(dy)
     else:
         d_pos = d_pos.to(p.stat_dtype)
         dx, dy = positives.finish(p, dx, dy, d_pos, dtype, how.backend)

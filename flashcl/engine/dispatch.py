@@ -16,7 +16,7 @@ from flashcl.engine.exchange import choose_strategy
 from flashcl.engine.problem import Backend
 from flashcl.engine.ranks import Group
 
-BACKENDS = ("cuda", "triton", "torch")  # fastest first; the last one serves all CPUs and GPUs
+BACKENDS = ("cuda", "triton", "torch")  # fastest first; the last one needs no kernel for the device
 
 # GPU generations (major, minor) on which the contract tests and the sanitizer have passed with these very kernels (their host
 # code may be newer), per backend. "auto" takes no kernel elsewhere. Each entry stands on a file
@@ -76,7 +76,7 @@ def explain(x: Tensor, y: Tensor | None = None, *, group: ProcessGroup | Group |
     """
     checks.embeddings(group, x=x, y=x if y is None else y)
     y, dtype = x if y is None else y, computed_dtype(x)
-    lines = [f"{len(x)} x {len(y)} logits of width {x.shape[1]}, {dtype} on {x.device}"]
+    lines = [f"{len(x)} x {len(y)} logits, D = {x.shape[1]}, {dtype} on {x.device}"]
     chosen = choose("auto", x)
     for name in BACKENDS:
         reason = _passed_over(name, x.device, dtype)

@@ -124,7 +124,7 @@ def partner_products(x: Tensor, y: Tensor, shift: int, backend: str) -> Tensor:
 @operator("tile_ratio", fake=lambda x, y, products, shift, backend: products.new_empty(1))
 def tile_ratio(x: Tensor, y: Tensor, products: Tensor, shift: int, backend: str) -> Tensor:
     """Products as tiles have them, relative to the exact `products` (partner_products of the same): (1,) float64, about 1."""
-    found = dispatch.load(backend).products_in_tiles(x, y, shift % len(y)) if len(x) and len(y) else None
+    found = dispatch.load(backend).products_in_tiles(x, y, _to_the_right(shift, y)) if len(x) and len(y) else None
     if found is None:
         return torch.ones(1, dtype=products.dtype, device=products.device)
     rows, in_tiles = found

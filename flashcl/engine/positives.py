@@ -1,6 +1,6 @@
 """Positives whose logits are O(N D): they stay out of the tiles, in full precision, forward and backward.
 
-Both kinds answer the same three questions, with t_i the mean of the positives of row i:
+Both kinds answer these questions, with t_i the mean of the positives of row i:
 
     products    <x_i, t_i>, (N,) float64
     in_tiles    the same as tiles have it, which must cancel against their other products
@@ -29,6 +29,10 @@ class Partner:
     """One positive per row i: the column (i + shift) mod M of this rank. In a triangular problem partners have each other."""
 
     shift: int
+
+    def found(self) -> tuple[Tensor, ...]:
+        """What was found out and has to be kept for the backward: nothing."""
+        return ()
 
     def products(self, p: Problem, backend: str) -> Tensor:
         return ops.partner_products(p.x, p.y, self.shift, backend)
@@ -61,6 +65,10 @@ class SameLabel:
     slot: Tensor  # (N,) int64: of the label of each row among those of this rank
     ordered: Tensor  # (N,) int32 `number`, sorted; without elements if there is no group
     inverse: Tensor  # (N,) float64: 1 / |P(i)|, how many positives each row has; 0 without any
+
+    def found(self) -> tuple[Tensor, ...]:
+        """What `of` has found out: with it a backward makes this again."""
+        return self.number, self.slot, self.ordered, self.inverse
 
     @staticmethod
     def of(labels: Tensor, group: str) -> SameLabel:

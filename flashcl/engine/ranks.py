@@ -59,9 +59,11 @@ class Group:
         global_scaled   W * global mean          exact                         exact * W
         local_partial   W / N * sum of own rows  none through others' rows     exact
 
-    All but the first reproduce what other libraries do; the gradients of "local_partial" are biased. "global" ones are for
-    reduction="mean" alone. With "sum", "none" and for similarity_logsumexp a rank returns what belongs to its own rows, not
-    rescaled: summed over ranks, value and gradients are those of one process with all rows.
+    They are those of open_clip with local_loss and gather_with_grad, of open_clip with gather_with_grad alone, of open_clip's
+    default, and of pytorch-metric-learning's wrapper without and (up to a factor of W) with efficient=True. The gradients of
+    "local_partial" are biased. "global" ones are for reduction="mean" alone. With "sum", "none" and for similarity_logsumexp a
+    rank returns what belongs to its own rows, not rescaled: summed over ranks, value and gradients are those of one process
+    with all rows.
     Raises ValueError for an unknown strategy or convention, TypeError for what is no ProcessGroup.
     """
 

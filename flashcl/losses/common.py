@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from flashcl.checks import one_of
-from flashcl.dtypes import wide
+from flashcl.dtypes import to_statistic_dtype
 from flashcl.engine import distributed
 from flashcl.engine.dispatch import Execution
 from flashcl.engine.ranks import Group
@@ -28,10 +28,10 @@ def eager_over_ranks(loss: Callable[P, R]) -> Callable[P, R]:
     """
 
     @functools.wraps(loss)
-    def call(*args, group=None, **options):
-        if group is not None and torch.compiler.is_compiling():
-            return torch.compiler.disable(loss)(*args, group=group, **options)
-        return loss(*args, group=group, **options)
+    def call(*args, **options):
+        if options.get("group") is not None and torch.compiler.is_compiling():
+            return torch.compiler.disable(loss)(*args, **options)
+        return loss(*args, **options)
 
     return call
 
@@ -48,7 +48,7 @@ def prepare(
     if group is not None and group.rules.towers_over_ranks:
         embeddings = [_ScaleGradient.apply(x, 1 / group.process_group.size()) for x in embeddings]
     if normalize:  # in float32 at least: a norm may be beyond float16, and its square is
-        embeddings = [F.normalize(wide(x, x), dim=1) for x in embeddings]
+        embeddings = [F.normalize(to_statistic_dtype(x, x), dim=1) for x in embeddings]
     return how, list(embeddings)
 
 
@@ -78,19 +78,21 @@ def from_negatives(neg: Tensor, pos: Tensor) -> Tensor:
 
 
 def reduce(loss: Tensor, reduction: str, x: Tensor, group: Group | None, count: Tensor | int | None = None) -> Tensor:
-    """Float64 losses, of the rows (N,), of the rows (C, N) of which one's is the mean of C, or their sum (), reduced.
+    """The reduced loss, in the dtype of results for embeddings like x.
 
-    In the dtype of results for embeddings like x. count: how many rows the mean divides by, () or a number; None: all rows of x.
+    loss, float64: (N,) one for each row; (C, N) of which the mean over C is that of a row (rows and columns of InfoNCE); ()
+        their sum already. count: how many rows the mean divides by, () or a number; None: all rows of x.
     """
     kinds = loss.shape[0] if loss.dim() == 2 else 1
     if reduction == "none":
-        return wide(loss if kinds == 1 else loss.mean(0), x)
+        return to_statistic_dtype(loss if kinds == 1 else loss.mean(0), x)
     loss = loss.sum() if loss.dim() else loss
     count = x.shape[0] if count is None else count
     if reduction == "mean" and group is None:
-        return wide(loss / (kinds * _at_least_one(count)), x)  # divided once: each operation is a launch, forward and backward
+        # Divided once: each operation is a launch, forward and backward.
+        return to_statistic_dtype(loss / (kinds * _at_least_one(count)), x)
     loss = loss if kinds == 1 else loss / kinds
-    return wide(loss if reduction == "sum" else _mean_over_ranks(loss, count, group), x)
+    return to_statistic_dtype(loss if reduction == "sum" else _mean_over_ranks(loss, count, group), x)
 
 
 def _at_least_one(count: Tensor | int) -> Tensor | int:

@@ -27,19 +27,18 @@ def info_nce(
 ) -> Tensor:
     """InfoNCE: l_i = log sum_j exp(s_ij) - s_ii, s = logit_scale * x y^T; symmetric: the mean of l over rows and columns.
 
-    x: (N, D) anchors.
+    x: (N, D) anchors. Inside torch.autocast embeddings are rounded to its dtype (not float64).
     y: (M, D) candidates, same dtype and device; y[i] is the positive of x[i]. M = N if symmetric, else M >= N.
     temperature, logit_scale: exactly one of them, temperature = 1 / logit_scale: a float or a one-element tensor.
     symmetric: the loss of CLIP, in both directions; False: of x against y alone.
-    normalize: scale rows to unit length first; otherwise embeddings are used as they are. Inside torch.autocast they are
-        rounded to its dtype (not float64).
+    normalize: scale rows to unit length first; otherwise embeddings are used as they are.
     reduction: "mean", "sum" or "none".
     group: a ProcessGroup or `flashcl.Group`: ranks whose rows are one batch. `flashcl.Group` documents what a rank returns.
     backend: "auto" (`flashcl.explain` says which that is), "torch", "triton" or "cuda".
 
     Returns: float32 (float64 for float64 input), nats: () for "mean" and "sum", (N,) for "none".
-    Gradients: x, y, temperature or logit_scale. Memory O((N + M) D) and a bounded workspace, never N x M; 8 N M D FLOPs
-        forward and backward.
+    Gradients: x, y, temperature or logit_scale.
+    Cost: memory O((N + M) D) and a bounded workspace, never N x M; 8 N M D FLOPs forward and backward.
     Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
         disagree or one does not answer; NotImplementedError for second derivatives.
     Accuracy: the contract of flashcl.contract (README, "Accuracy"). The positive stays out of the tiles, so that a converged pair
@@ -51,7 +50,7 @@ def info_nce(
     checks.one_of("symmetric", symmetric, (True, False))
     group = Group.of(group, reduction)
     if symmetric:
-        checks.same_rows("x", x, "y", y, "the symmetric loss has a positive for each column")
+        checks.same_rows("x", x, "y", y, "each column has a positive; for more candidates than rows pass symmetric=False")
     elif len(y) < len(x):
         raise ValueError(f"y must have at least the {len(x)} rows of x, a positive for each, got {len(y)}")
     scale = parameter(checks.logit_scale(x, temperature=temperature, logit_scale=logit_scale), group)

@@ -25,18 +25,19 @@ def nt_xent(
 ) -> Tensor:
     """NT-Xent: l_i = log sum_{j != i} exp(s_ij) - s_ip, s = z z^T / temperature, z = [z1; z2], p the other view of i.
 
-    z1, z2: (N, D), same dtype and device; z1[i] and z2[i] are two views of one item.
-    temperature: a float or a one-element tensor.
-    normalize: scale rows to unit length first; otherwise embeddings are used as they are. Inside torch.autocast they are
+    z1, z2: (N, D), same dtype and device; z1[i] and z2[i] are two views of one item. Inside torch.autocast they are
         rounded to its dtype (not float64).
+    temperature: a float or a one-element tensor.
+    normalize: scale rows to unit length first; otherwise embeddings are used as they are.
     reduction: "mean", "sum" or "none".
     group: a ProcessGroup or `flashcl.Group`: ranks whose rows are one batch. `flashcl.Group` documents what a rank returns.
     backend: "auto" (`flashcl.explain` says which that is), "torch", "triton" or "cuda".
 
     Returns: float32 (float64 for float64 input), nats: () for "mean" (over 2N anchors) and "sum", (2N,) for "none", in the
         order of z.
-    Gradients: z1, z2, temperature. Memory O(N D) and a bounded workspace; 16 N^2 D FLOPs forward and backward: S is symmetric,
-        half of its tiles are computed.
+    Gradients: z1, z2, temperature.
+    Cost: memory O(N D) and a bounded workspace; 16 N^2 D FLOPs forward and backward: S is symmetric, half of its tiles
+        are computed.
     Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
         disagree or one does not answer; NotImplementedError for second derivatives.
     Accuracy: the contract of flashcl.contract (README, "Accuracy").

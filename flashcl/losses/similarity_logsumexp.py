@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from flashcl import checks
-from flashcl.dtypes import wide
+from flashcl.dtypes import to_statistic_dtype
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
 from flashcl.losses.common import eager_over_ranks, prepare
@@ -42,8 +42,8 @@ def similarity_logsumexp(
 
     Returns: (row_lse (N,), col_lse (M,)) for axis "both", one of them for "rows" or "cols"; float32 (float64 for float64
         input), nats. A row without pairs gives -inf.
-    Gradients: x, y, logit_scale, row_bias, col_bias. Memory O((N + M) D) and a bounded workspace; 8 N M D FLOPs forward and
-        backward.
+    Gradients: x, y, logit_scale, row_bias, col_bias.
+    Cost: memory O((N + M) D) and a bounded workspace; 8 N M D FLOPs forward and backward.
     Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
         disagree or one does not answer; NotImplementedError for second derivatives.
     Accuracy: the contract of flashcl.contract (README, "Accuracy").
@@ -64,5 +64,5 @@ def similarity_logsumexp(
         row_id, col_id = (torch.arange(len(v), dtype=torch.int32, device=x.device) for v in (x, y))
         pairs = Pairs("different", (row_id,), (col_id,))
     s = log_sum_exp(x, y, scale, row_bias, col_bias, pairs, how, need_cols=axis == "both")
-    row = wide(s.row_neg, x)
-    return (row, wide(s.col_neg, x)) if axis == "both" else row
+    row = to_statistic_dtype(s.row_neg, x)
+    return (row, to_statistic_dtype(s.col_neg, x)) if axis == "both" else row

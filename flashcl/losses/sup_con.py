@@ -25,19 +25,19 @@ def sup_con(
 ) -> Tensor:
     """SupCon, "out" form: l_i = log sum_{j != i} exp(s_ij) - mean_{p in P(i)} s_ip, s = z z^T / temperature.
 
-    z: (N, D).
+    z: (N, D). Inside torch.autocast it is rounded to its dtype (not float64).
     labels: (N,) integers or bools, same device; P(i) are the other rows with the label of i.
     temperature: a float or a one-element tensor.
-    normalize: scale rows to unit length first; otherwise embeddings are used as they are. Inside torch.autocast they are
-        rounded to its dtype (not float64).
+    normalize: scale rows to unit length first; otherwise embeddings are used as they are.
     reduction: "mean", "sum" or "none".
     group: a ProcessGroup or `flashcl.Group`: ranks whose rows are one batch. `flashcl.Group` documents what a rank returns.
     backend: "auto" (`flashcl.explain` says which that is), "torch", "triton" or "cuda".
 
     Returns: float32 (float64 for float64 input), nats: () for "mean" and "sum", (N,) for "none". Anchors without a positive
         have loss 0 and do not count in the mean; without any anchor the mean is 0.
-    Gradients: z, temperature. Memory O(N D) and a bounded workspace; 4 N^2 D FLOPs forward and backward: S is symmetric, half
-        of its tiles are computed.
+    Gradients: z, temperature.
+    Cost: memory O(N D) and a bounded workspace; 4 N^2 D FLOPs forward and backward: S is symmetric, half of its tiles
+        are computed.
     Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
         disagree or one does not answer; NotImplementedError for second derivatives.
     Accuracy: the contract of flashcl.contract (README, "Accuracy"). l_i = softplus(negatives - positives) + the spread of the

@@ -122,6 +122,8 @@ def _begin(args, device: torch.device) -> Results:
     bandwidth = machine.copy_bandwidth(machine.Clock(device), device)
     found.environment["copy_gb_per_s"] = bandwidth / 1e9
     print(f"copy bandwidth: {bandwidth / 1e9:,.4g} GB/s, read and written")
+    print("useful: FLOPs that the loss takes without an N x M matrix; matrix rate: of this machine's GEMMs, in the same rounds;")
+    print("x floor: the time over that of the useful FLOPs at the matrix rate; extra memory: peak, less the inputs")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         found.save(args.out)

@@ -1,0 +1,158 @@
+"""What the README and docs/ show: their snippets run, their tables are the numbers in bench/results/, their links lead somewhere.
+
+The calls of other libraries' losses are in test_drop_in.py.
+"""
+
+import json
+import re
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import flashcl
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
+README, BENCHMARKS, DISTRIBUTED = ROOT / "README.md", ROOT / "docs/benchmarks.md", ROOT / "docs/distributed.md"
+
+
+# ---- snippets ------------------------------------------------------------------------------------------------------------
+
+
+def snippets(page: Path) -> list[str]:
+    found = re.findall(r"^( *)```python\n(.*?)^ *```", page.read_text(), re.M | re.S)
+    return [re.sub(rf"^{indent}", "", code, flags=re.M) for indent, code in found]
+
+
+def stand_ins() -> dict:
+    """What a reader has: a model, data and a process group; small ones."""
+    rows = [torch.nn.functional.normalize(torch.randn(8, 4), dim=1).requires_grad_() for _ in range(4)]
+    names = "image_features", "text_features", "x", "y"
+    model = types.SimpleNamespace(logit_scale=torch.tensor(2.0, requires_grad=True))
+    model.parameters = lambda: [model.logit_scale]
+    return dict(zip(names, rows)) | dict(
+        model=model, logit_scale=torch.tensor(10.0), s=torch.tensor(10.0), encoder=torch.nn.Linear(4, 3),
+        images=torch.randn(600, 4), device="cpu", torch=torch, flashcl=flashcl, dist=dist,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def alone(tmp_path):
+    """A world of this process."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+RUNNABLE = [(page, code) for page in (README, DISTRIBUTED) for code in snippets(page) if "torch.cuda.make" not in code]
+
+
+def test_there_are_snippets():
+    assert len(RUNNABLE) == 7 and len(snippets(README)) == 7  # one of which needs a GPU: test_gpu.py runs what it says
+
+
+@pytest.mark.parametrize("page, code", RUNNABLE, ids=[f"{page.stem} {k}" for k, (page, _) in enumerate(RUNNABLE)])
+def test_a_snippet_runs(page, code, alone):
+    names = stand_ins()
+    exec(code, names)
+    if "loss" in names:
+        assert names["loss"].dim() == 0 and names["loss"].isfinite() and names["loss"].requires_grad
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------------
+
+
+def table(page: Path, first_cell: str, second_cell: str) -> list[list[str]]:
+    """The cells below the header that begins with these."""
+    lines = page.read_text().splitlines()
+    start = next(k for k, line in enumerate(lines) if line.startswith(f"| {first_cell} | {second_cell}"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            return rows
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+def shows(cell: str, value: float) -> bool:
+    """Whether a cell like "27.2 (102 %)", "0.44 s" or "1.0 GiB" is that number, rounded."""
+    text = cell.split()[0].replace(",", "")
+    decimals = len(text.partition(".")[2])
+    value = value / 1024 if "GiB" in cell else value
+    return abs(float(text) - value) <= 0.501 * 10**-decimals
+
+
+def results(name: str) -> list[dict]:
+    return json.loads((ROOT / "bench/results" / name).read_text())["rows"]
+
+
+@pytest.mark.parametrize("page, sizes", [(README, 2), (BENCHMARKS, 5)], ids=["README", "benchmarks"])
+def test_the_table_of_a_cpu(page, sizes):
+    found = {(r["loss"], r["n"], r["provider"]): r for r in results("bench-cpu.json")}
+    rows = table(page, "loss", "rows | flashcl ms")
+    assert len(rows) == 4 * sizes
+    for loss, n, *cells in rows:
+        ours, dense, compiled = (found[loss, int(n.replace(",", "")), k] for k in ("flashcl-torch", "dense", "torch.compile"))
+        values = [r["ms"] for r in (ours, dense, compiled)] + [ours["ms"] / dense["ms"], ours["ms"] / compiled["ms"]]
+        values += [r["extra_mib"] for r in (ours, dense, compiled)]
+        assert all(map(shows, cells, values)) and len(cells) == len(values), (loss, n, cells, values)
+
+
+def test_the_table_of_a_gpu():
+    found = {(r["loss"], r["n"], r["d"], r["provider"]): r for r in results("bench-h200.json")}
+    rows = table(README, "loss", "rows | D")
+    assert len(rows) == 10
+    for loss, n, d, cuda, triton, peer, dense, *memory in rows:
+        at = loss, int(n.replace(",", "")), int(d.replace(",", ""))
+        peers = [found[(*at, name)] for name in ("memeff", "siglip-kernel") if (*at, name) in found]
+        best = min((r for r in peers if r["status"] == "ok"), key=lambda r: r["ms"], default=None)
+        assert (best is None) == (peer == "") == (memory[1] == ""), (at, peer)
+        ours, tritons, eager = (found[(*at, name)] for name in ("flashcl-cuda", "flashcl-triton", "dense"))
+        shown = zip((ours, tritons, best, eager), (cuda, triton, peer, dense), (memory[0], None, *memory[1:]))
+        for r, time, mib in shown:
+            if r is not None:
+                assert shows(time, r["ms"]) and (mib is None or shows(mib, r["extra_mib"])), (at, r["provider"], time, mib)
+                of_cublas = float(re.search(r"\((\d+) %\)", time)[1])
+                assert abs(of_cublas - 100 * r["tflops"] / r["matrix_tflops"]) <= 0.51, (at, r["provider"], time)
+
+
+def test_the_table_of_small_batches():
+    files = {"c245df4": "small-h200.json", "c8d32a9": "small-h200-c8d32a9.json"}
+    rows = table(README, "rows", "flashcl | flashcl in a graph")
+    assert len(rows) == 5
+    for n, *cells, commit in rows:
+        (found,) = (r["ms"] for r in results(files[commit]) if r["n"] == int(n.replace(",", "")))
+        values = [found[k] for k in ("flashcl", "flashcl, graph", "dense", "dense, torch.compile")]
+        assert all(map(shows, cells, values)), (n, cells, values)
+
+
+def test_the_table_of_ranks():
+    found = {(r["loss"], r["world"], r["strategy"]): r for r in results("distributed-cpu.json")}
+    rows = table(README, "loss", "one rank")
+    assert len(rows) == 4
+    for loss, *steps, ring, gather, waiting in rows:
+        assert all(shows(cell, found[loss, world, "ring"]["step_s"]) for cell, world in zip(steps, (1, 2, 4))), (loss, steps)
+        for cell, strategy in ((ring, "ring"), (gather, "gather")):
+            assert shows(cell, found[loss, 4, strategy]["sent_mib"]), (loss, strategy, cell)
+        assert shows(waiting, 100 * found[loss, 4, "ring"]["exposed"]), (loss, waiting)
+
+
+# ---- links ---------------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith("http"):
+            path, _, anchor = target.partition("#")
+            to = (page.parent / path).resolve() if path else page
+            assert to.exists(), target
+            assert not anchor or anchor in anchors(to), target
