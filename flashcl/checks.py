@@ -34,8 +34,8 @@ def embeddings(group: object | None = None, **named: Tensor) -> None:
 
 
 def same_rows(first_name: str, first: Tensor, name: str, x: Tensor, why: str) -> None:
-    if len(first) != len(x):
-        raise ValueError(f"{name} must have the {len(first)} rows of {first_name}, got {len(x)}: {why}")
+    if first.shape[0] != x.shape[0]:  # not len(), of which torch.export makes a constant
+        raise ValueError(f"{name} must have the {first.shape[0]} rows of {first_name}, got {x.shape[0]}: {why}")
 
 
 def scalar(name: str, value: float | Tensor, x: Tensor) -> Tensor:
@@ -56,7 +56,10 @@ def number(name: str, value: float, kind: str = "float") -> float:
     """A number that is no tensor."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a {kind}, got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that float64 holds, got {len(str(value))} digits") from None
 
 
 def _constant(value: float, x: Tensor) -> Tensor:

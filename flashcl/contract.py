@@ -185,14 +185,14 @@ def evaluate(function: Callable, c: Case, order: Order | None = None) -> dict[st
     leaves = {name: v.detach().clone().requires_grad_() for name, v in c.tensors.items()}
     values = function(**leaves, **c.options)
     values = values if isinstance(values, tuple) else (values,)
-    # Only 8 bits of mantissa, so that it is the same number in every dtype.
-    upstream = [_upstream(v, None if order is None else order.of_value(c, side)) for side, v in enumerate(values)]
-    gradients = torch.autograd.grad(values, list(leaves.values()), upstream)
+    weights = [upstream(v, None if order is None else order.of_value(c, side)) for side, v in enumerate(values)]
+    gradients = torch.autograd.grad(values, list(leaves.values()), weights)
     named = {"value" if i == 0 else f"value {i + 1}": v.detach() for i, v in enumerate(values)}
     return named | {f"grad {name}": g for name, g in zip(leaves, gradients)}
 
 
-def _upstream(value: Tensor, order: Tensor | None) -> Tensor:
+def upstream(value: Tensor, order: Tensor | None = None) -> Tensor:
+    """The upstream gradient of a value: of 8 bits of mantissa, so that it is the same number in every dtype."""
     if value.dim() == 0:
         return torch.ones_like(value)
     seed = torch.Generator().manual_seed(7 + len(value))
@@ -364,13 +364,13 @@ def truth_of(c: Case) -> dict[str, Truth]:
 def exact_truth(c: Case, real: type) -> dict[str, Truth]:
     """What `evaluate` returns, by `exact_formulas` in numpy's float64 or longdouble (64 bits of mantissa on x86)."""
 
-    def upstream(n: int) -> np.ndarray:
-        return _upstream(torch.empty(n, dtype=torch.float64), None).numpy()
+    def weights(n: int) -> np.ndarray:
+        return upstream(torch.empty(n, dtype=torch.float64)).numpy()
 
     tensors = {name: v.double().cpu().numpy().astype(real) for name, v in c.tensors.items()}
     options = {name: v.cpu().numpy() if isinstance(v, Tensor) else v for name, v in c.options.items()}
     truth = {}
-    for quantity, v in exact_formulas.evaluate(c.function, tensors, options, upstream).items():
+    for quantity, v in exact_formulas.evaluate(c.function, tensors, options, weights).items():
         high = v.astype(np.float64)
         low = np.where(np.isfinite(v), v - high.astype(np.longdouble), 0).astype(np.float64)
         truth[quantity] = Truth(torch.from_numpy(high).to(c.device), torch.from_numpy(low).to(c.device))
@@ -394,7 +394,8 @@ def violations(*args, **kwargs) -> list[Finding]:
 
 # ---- the same sums in another order ----------------------------------------------------------------------------------
 
-_ROWS, _COLS = ("x", "z1", "z", "row_bias", "labels"), ("y", "z2", "col_bias")
+# Names of tensors with an entry for each row, or for each column, of S.
+ROWS, COLS = ("x", "z1", "z", "row_bias", "labels"), ("y", "z2", "col_bias")
 
 
 @dataclass(frozen=True)
@@ -443,8 +444,8 @@ class Order:
         return self.cols if side == 1 or c.options.get("axis") == "cols" else self.rows
 
     def _index(self, name: str, v: Tensor) -> Tensor:
-        if name in _ROWS:
+        if name in ROWS:
             v = v[self.rows]
-        elif name in _COLS:
+        elif name in COLS:
             v = v[self.cols]
         return v[:, self.features] if v.dim() == 2 else v

@@ -55,6 +55,7 @@ class _WithLogitScale(nn.Module):
         checks.one_of("reduction", options["reduction"], REDUCTIONS)
         for name in {"normalize", "symmetric"} & set(options):
             checks.one_of(name, options[name], (True, False))
+        checks.one_of("learnable", learnable, (True, False))
         checks.one_of("backend", options["backend"], ("auto", *dispatch.BACKENDS))
         self.max_logit_scale = max_logit_scale if learnable else None
         if self.max_logit_scale is not None and not logit_scale <= checks.number("max_logit_scale", max_logit_scale):

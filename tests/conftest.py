@@ -28,6 +28,17 @@ if INTERPRETED:
 
     triton.unusable(torch.device("cpu"), torch.bfloat16)  # asks the interpreter once: here, where nobody counts launches or spies
 
+# What computes on this machine's CPU: every backend in each of its dtypes, and in one of 32 and one of 16 bits.
+DTYPES = {
+    "torch": (torch.float32, torch.bfloat16, torch.float16, torch.float64),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
+EVERY = [
+    pytest.param(backend, dtype, id=f"{backend}-{str(dtype)[6:]}")
+    for backend, dtypes in DTYPES.items() if backend == "torch" or INTERPRETED for dtype in dtypes
+]  # fmt: skip
+TWO = [param for param in EVERY if param.values[1] in (torch.float32, torch.bfloat16)]
+
 # The same examples every time, so that a red run is red again; no deadline, since the interpreter is slow by nature.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None, print_blob=True)
 settings.register_profile("explore", deadline=None)
@@ -45,6 +56,14 @@ def backend(request):
     if request.param == "triton" and not INTERPRETED:
         pytest.skip("triton takes CPU tensors only in the interpreter (TRITON_INTERPRET=1)")
     return request.param
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """The torch backend in tiles of 16 x 16, not 1024 x 1024: many of them, and ragged ones at the edges."""
+    from flashcl.backends import torch as torch_backend
+
+    monkeypatch.setattr(torch_backend, "_CPU_TILE", (16, 16))
 
 
 @pytest.fixture

@@ -194,6 +194,8 @@ def test_scalars(function, name):
     for wrong in ("0.1", [0.1], 1j, True):
         with raises(TypeError, name, type(wrong).__name__):
             function(**{name: wrong})
+    with raises(ValueError, name, "float64", "401 digits"):
+        function(**{name: 10**400})
     for wrong in (ONE.long(), ONE.bool(), ONE.to(torch.complex64)):
         with raises(TypeError, name, str(wrong.dtype)):
             function(**{name: wrong})

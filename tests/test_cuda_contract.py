@@ -12,6 +12,7 @@ import torch
 pytest.importorskip("flashcl._C", reason="flashcl._C was not built: no nvcc, or no CUTLASS headers")
 
 import ptx
+from calls import BF16, DOUBLE, HALF, KNOWN
 from world import run_world
 
 import flashcl
@@ -19,7 +20,7 @@ from flashcl.backends import cuda as backend
 from flashcl.contract import LOSSES, REGIMES, case, check, evaluate, violations
 from flashcl.engine import ops
 
-DTYPES = [torch.bfloat16, torch.float16]
+DTYPES = [BF16, HALF]
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -41,9 +42,8 @@ def kernels(request):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_contract(dtype, loss, regime, request):
     """The numeric contract of every loss, on the cases that every backend has to pass."""
-    if (dtype, loss, regime) == (torch.bfloat16, "sup_con", "duplicates"):
-        why = "a bfloat16 G along rows that are copies of each other: 1.2 x the tight bound, as of the triton backend"
-        request.node.add_marker(pytest.mark.xfail(strict=True, reason=why))
+    if reason := KNOWN.get((loss, regime, dtype)):
+        request.node.add_marker(pytest.mark.xfail(strict=True, reason=reason))
     assert violations(case(loss, regime, n=40), dtype, backend="cuda", device="cpu") == []
 
 
@@ -77,7 +77,7 @@ def test_what_tiles_cut_off_of_products_is_measured(N, shift, step):
 
 
 def test_nothing_is_cut_off_where_there_is_nothing():
-    x = torch.zeros(3, 8, dtype=torch.bfloat16)
+    x = torch.zeros(3, 8, dtype=BF16)
     x[2] = torch.inf
     for rows in range(4):
         products = backend.partner_products(x[:rows], x, 0)
@@ -89,7 +89,7 @@ def test_the_scale_does_not_feel_that_tensor_cores_cut_off_sums(loss, kernels):
     """Of embeddings with a large mean, products in tiles are 1e-6 too small, and what a temperature gains by them cancels."""
     if kernels == "ptx":
         pytest.skip("slow there, and it cuts off what the emulation does")
-    found = check(case(loss, "cone", n=256, d=768), torch.float16, backend="cuda", device="cpu")
+    found = check(case(loss, "cone", n=256, d=768), HALF, backend="cuda", device="cpu")
     (of_scale,) = (f for f in found if f.quantity in ("grad temperature", "grad logit_scale") and f.bound == "tight")
     assert of_scale.error < 0.2 * of_scale.allowed
 
@@ -97,14 +97,14 @@ def test_the_scale_does_not_feel_that_tensor_cores_cut_off_sums(loss, kernels):
 def nearly_balanced():
     """SigLIP near the optimum of its bias, where negatives and positives cancel; of embeddings with a large mean."""
     c = case("siglip", "cone", n=256, d=768)
-    return dataclasses.replace(c, tensors=c.tensors | dict(logit_bias=torch.tensor(-18.4, dtype=torch.float64)))
+    return dataclasses.replace(c, tensors=c.tensors | dict(logit_bias=torch.tensor(-18.4, dtype=DOUBLE)))
 
 
 def test_siglip_makes_up_for_what_tensor_cores_cut_off(kernels):
     """Logits 1e-5 too small would be a quarter of the bounds."""
     if kernels == "ptx":
         pytest.skip("slow there, and it cuts off what the emulation does")
-    found = check(nearly_balanced(), torch.bfloat16, backend="cuda", device="cpu")
+    found = check(nearly_balanced(), BF16, backend="cuda", device="cpu")
     assert [f for f in found if not f.holds] == []
     cancel = [f for f in found if f.quantity in ("grad logit_bias", "grad logit_scale") and f.bound == "tight"]
     assert len(cancel) == 2 and all(f.error < 0.05 * f.allowed for f in cancel)
@@ -113,7 +113,7 @@ def test_siglip_makes_up_for_what_tensor_cores_cut_off(kernels):
 def siglip_of_a_rank(rank, world):
     """Its gradients of the scale and of the bias: those of the whole batch are the mean over ranks."""
     backend.unusable = lambda device, dtype: None
-    c = nearly_balanced().to(torch.bfloat16)
+    c = nearly_balanced().to(BF16)
     leaves = {k: v[rank::world] if v.dim() == 2 else v.requires_grad_() for k, v in c.tensors.items()}
     flashcl.siglip(**leaves, backend="cuda", group=torch.distributed.group.WORLD).backward()
     return [leaves[k].grad.item() for k in ("logit_scale", "logit_bias")]
@@ -121,7 +121,7 @@ def siglip_of_a_rank(rank, world):
 
 def siglip_of_the_rows_of_a_rank(rank, world):
     backend.unusable = lambda device, dtype: None
-    c = nearly_balanced().to(torch.bfloat16)
+    c = nearly_balanced().to(BF16)
     own = {k: v[rank::world] if v.dim() == 2 else v for k, v in c.tensors.items()}
     where = dict(backend="cuda", group=torch.distributed.group.WORLD)
     return flashcl.siglip(**own, reduction="none", **where).double().tolist()
@@ -130,10 +130,10 @@ def siglip_of_the_rows_of_a_rank(rank, world):
 def test_siglip_makes_up_for_it_over_ranks(kernels):
     if kernels == "ptx":
         pytest.skip("the emulation is what other processes load")
-    rows = torch.tensor(run_world(2, siglip_of_the_rows_of_a_rank), dtype=torch.float64).T.flatten()
-    c = nearly_balanced().to(torch.bfloat16).to(torch.float64)
+    rows = torch.tensor(run_world(2, siglip_of_the_rows_of_a_rank), dtype=DOUBLE).T.flatten()
+    c = nearly_balanced().to(BF16).to(DOUBLE)
     assert (rows - flashcl.reference.siglip(**c.tensors, reduction="none")).mean().abs() < 4e-6
     got = torch.tensor(run_world(2, siglip_of_a_rank)).mean(0)
-    truth = evaluate(flashcl.reference.siglip, nearly_balanced().to(torch.bfloat16).to(torch.float64))
+    truth = evaluate(flashcl.reference.siglip, nearly_balanced().to(BF16).to(DOUBLE))
     for value, name in zip(got, ("logit_scale", "logit_bias")):
         assert abs(value - truth[f"grad {name}"]) < 4e-6  # 1.3e-5 with the products as they are

@@ -92,25 +92,35 @@ def test_places_are_where_wgmma_leaves_them():
 
 
 def test_blocks_are_bounded_and_cover_the_matrix_once():
-    assert tiled.WORKSPACE == 2 * 2**28  # bytes of G in 16 bits
-    for N, M in ((1, 1), (1, 10**6), (10**6, 1), (65536, 65536), (10**6, 10**6), (4096, 10**6), (16385, 16384), (0, 3)):
+    most = tiled.WORKSPACE // 2  # numbers of G in 16 bits
+    edge = math.isqrt(most)
+    for N, M in ((1, 1), (1, 10**6), (10**6, 1), (4 * edge, 4 * edge), (10**6, 10**6), (4096, 10**6), (edge + 1, edge), (0, 3)):
         x, y = torch.empty(1, 1).expand(N, 1), torch.empty(1, 1).expand(M, 1)
         for triangular in {False, N == M}:
             p = Problem(x, y, torch.ones(1), triangular=triangular)
-            for blocks in (list(tiled.blocks(p, 2**28, TILE)), list(backend._strips(p, 2**28))):
+            for blocks in (list(tiled.blocks(p, most, TILE)), list(backend._strips(p, most))):
                 cells = [(i.stop - i.start) * (j.stop - j.start) for i, j in blocks]
-                assert all(c <= 2**28 for c in cells) and all(i.start % TILE == 0 == j.start % TILE for i, j in blocks)
+                assert all(c <= most for c in cells) and all(i.start % TILE == 0 == j.start % TILE for i, j in blocks)
                 own = sum((i.stop - i.start) ** 2 for i, j in blocks if i.start == j.start)
                 assert sum(cells) + (sum(cells) - own if triangular else 0) == N * M
 
 
+def strips_of(p):
+    return list(backend._strips(p, tiled.WORKSPACE // 2))
+
+
+def test_a_triangle_is_cut_into_strips_where_one_would_be_higher_than_the_lowest():
+    for N, strips in ((backend._LOWEST_STRIP, 1), (backend._LOWEST_STRIP + 1, 2)):
+        x = torch.empty(1, 1).expand(N, 1)
+        assert len(strips_of(Problem(x, x, torch.ones(1), triangular=True))) == strips
+
+
 @pytest.mark.parametrize("program", CLASSES)
 def test_one_strip_of_a_triangle(program):
-    """What is lower than _LOWEST_STRIP is not cut into strips; test_kernels.py has it cut."""
-    assert backend._LOWEST_STRIP == 2048
+    """Small problems as they are, in one strip; test_kernels.py has them cut."""
     for N in (1, 300, 600):
         p = problem(N, N, 8, program, triangular=True)
-        assert len(list(backend._strips(p, 2**28))) == 1
+        assert len(strips_of(p)) == 1
         assert_sweeps(backend, p)
         assert_grads(backend, p, softmax(p))
 
@@ -411,7 +421,8 @@ def test_tensors_come_by_either_way_of_dlpack():
     _C.fold(tops, out, first=True, last=True)
     _C.fold(tops.numpy(), other, first=True, last=True)
     assert torch.equal(out, torch.from_numpy(other))
-    for wrong in (tops.double(), tops[..., ::2], tops[0], torch.nn.functional.pad(tops, (0, 1))[..., 1:], tops.numpy()[0], None, 3):
+    shifted = torch.nn.functional.pad(tops, (0, 1))[..., 1:]
+    for wrong in (tops.double(), tops[..., ::2], tops[0], shifted, tops.numpy()[0], None, 3):
         with pytest.raises((TypeError, ValueError)):
             _C.fold(wrong, out, first=True, last=True)
     read_only = numpy.zeros((1, 2, 200), numpy.float32)

@@ -1,7 +1,6 @@
 """The boundary to PyTorch: registered operators, torch.compile, second derivatives, memory."""
 
 import functools
-import json
 import subprocess
 import sys
 
@@ -30,7 +29,7 @@ CALLS = {
     "siglip": lambda x, y, t, **at: flashcl.siglip(x, y, logit_scale=1 / t, logit_bias=-t, **at),
     "siglip none": lambda x, y, t, **at: flashcl.siglip(x, y, logit_scale=1 / t, logit_bias=-t, reduction="none", **at).sum(),
     "nt_xent": lambda x, y, t, **at: flashcl.nt_xent(x, y, temperature=t, **at),
-    "sup_con": lambda x, y, t, **at: flashcl.sup_con(x + y, torch.arange(len(x)) // 3, temperature=t, **at),
+    "sup_con": lambda x, y, t, **at: flashcl.sup_con(x + y, torch.arange(x.shape[0]) // 3, temperature=t, **at),
     "logsumexp": lambda x, y, t, **at: sum(v.sum() for v in flashcl.similarity_logsumexp(x, y, logit_scale=t, **at)),
 }
 
@@ -50,6 +49,22 @@ def test_compiled_as_one_graph_it_is_the_same(name):
             assert torch.equal(a, b)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[-1] == graphs[-2] <= 2, graphs  # the second size may show Dynamo that a size is not a constant
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("name", CALLS)
+def test_exported_without_gradients_it_takes_any_number_of_rows(name, strict):
+    class Module(torch.nn.Module):
+        def forward(self, x, y, t):
+            return CALLS[name](x, y, t)
+
+    x, y, t = leaf(9), leaf(9, seed=1), scalar(0.3)
+    rows = {0: torch.export.Dim("rows", min=2, max=10_000)}
+    with torch.no_grad():
+        exported = torch.export.export(Module(), (x, y, t), dynamic_shapes=(rows, rows, None), strict=strict).module()
+        for n in (9, 30):
+            x, y = leaf(n), leaf(n, seed=1)
+            assert torch.equal(exported(x, y, t), CALLS[name](x, y, t))
 
 
 @pytest.mark.parametrize("name", ["info_nce", "siglip", "nt_xent", "sup_con", "logsumexp"])

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from calls import BF16, DOUBLE, HALF, KNOWN, REDUCED, SINGLE, total_of
 
 import flashcl
 from flashcl.contract import LOSSES, Yardstick, case, evaluate, violations
@@ -20,7 +21,6 @@ pytestmark = [
 ]
 
 DEVICE = "cuda"
-SINGLE, BF16, HALF, DOUBLE = torch.float32, torch.bfloat16, torch.float16, torch.float64
 BACKENDS = ("torch", "triton", "cuda")
 MIB = 2**20
 
@@ -53,9 +53,9 @@ def yardstick(loss, regime, dtype, sizes):
 
 
 def outside(loss, regime, dtype, backend, **sizes):
-    """The violations of the contract, less the one that is known (README, Accuracy): of copied rows a bfloat16 G cancels."""
+    """The violations of the contract, less those that are known: there the tight bound may be exceeded by half of it."""
     found = [f for f in yardstick(loss, regime, dtype, tuple(sizes.items())).check(backend) if not f.holds]
-    if (loss, regime, dtype) == ("sup_con", "duplicates", BF16):
+    if (loss, regime, dtype) in KNOWN:
         found = [f for f in found if f.bound != "tight" or f.error > 1.5 * f.allowed]
     return found
 
@@ -81,8 +81,7 @@ def step(c, backend):
     leaves = {name: v.detach().requires_grad_() for name, v in c.tensors.items()}
 
     def run():
-        values = getattr(flashcl, c.function)(**leaves, **c.options, backend=backend)
-        total = sum(v.sum() for v in values) if isinstance(values, tuple) else values.sum()
+        total = total_of(getattr(flashcl, c.function)(**leaves, **c.options, backend=backend))
         return [total, *torch.autograd.grad(total, list(leaves.values()))]
 
     return run
@@ -94,7 +93,10 @@ def step(c, backend):
 REGIMES = ["init", "converged", "saturated", "cone", "t=0.005", "t=10", "large", "duplicates"]
 
 
-@pytest.mark.parametrize("backend, dtype, loss, regime", each(*itertools.product([BF16, HALF, SINGLE], LOSSES, REGIMES)), ids=in_words)
+CASES = list(itertools.product([BF16, HALF, SINGLE], LOSSES, REGIMES))
+
+
+@pytest.mark.parametrize("backend, dtype, loss, regime", each(*CASES), ids=in_words)
 def test_contract(backend, dtype, loss, regime):
     usable(backend, dtype)
     assert outside(loss, regime, dtype, backend, n=2048, d=768) == []
@@ -163,7 +165,7 @@ def test_layouts(backend, loss, layout):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_host_never_waits(backend, loss, reduction):
     usable(backend, BF16)
-    options = {} if loss.startswith("logsumexp") else dict(reduction=reduction)
+    options = dict(reduction=reduction) if loss in REDUCED else {}
     run = step(case(loss, "init", n=1000, d=256, **options).to(BF16, DEVICE), backend)
     run()  # compiles
     torch.cuda.set_sync_debug_mode("error")

@@ -138,6 +138,7 @@ def test_a_temperature_is_what_it_was_set_to(views):
         (lambda: flashcl.NTXentLoss(1e-320), "1 / temperature must be positive and finite"),
         (lambda: flashcl.InfoNCELoss(max_logit_scale="100"), "max_logit_scale must be a float"),
         (lambda: flashcl.SigLIPLoss(logit_bias=None), "logit_bias must be a float"),
+        (lambda: flashcl.NTXentLoss(learnable="no"), "learnable must be one of True, False"),
         (lambda: flashcl.InfoNCELoss(symmetric="x"), "symmetric must be one of True, False"),
         (lambda: flashcl.SupConLoss(normalize="no"), "normalize must be one of True, False"),
         (lambda: flashcl.InfoNCELoss(max_logit_scale=math.nan), "max_logit_scale must be at least"),

@@ -6,9 +6,11 @@ sm_100 and its tcgen05 are compiled (test_compile_budget.py), and not run.
 from pathlib import Path
 
 import pytest
+import torch
 
 import ptx
 from absent_gpus import run_each
+from calls import KNOWN
 
 from flashcl.contract import LOSSES, REGIMES
 
@@ -16,9 +18,6 @@ pytest.importorskip("triton")
 
 SCRIPT = Path(__file__).with_name("triton_ptx.py")
 RUNS = [(80, "bfloat16"), (80, "float32"), (90, "bfloat16"), (90, "float16"), (90, "float32")]
-
-# As in the interpreter (KNOWN of test_contract.py): a bfloat16 G along rows that are copies of each other.
-KNOWN = {"bfloat16": {"sup_con duplicates"}}
 
 
 @pytest.fixture(scope="module")
@@ -47,5 +46,6 @@ def test_contract(ran, arch, dtype):
     assert isinstance(said, list), said
     cases = {line["case"]: line["violations"] for line in said if "case" in line}
     assert len(cases) == len(LOSSES) * len(REGIMES)
-    assert {case for case, violations in cases.items() if violations} == KNOWN.get(dtype, set()), cases
+    known = {f"{loss} {regime}" for loss, regime, of in KNOWN if of == getattr(torch, dtype)}
+    assert {case for case, violations in cases.items() if violations} == known, cases
     assert len(said[-1]["kernels"]) == 5  # all of triton_kernels/ has run

@@ -10,6 +10,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import flashcl
+from flashcl.contract import COLS, ROWS
+
 TIMEOUT = timedelta(seconds=60)
 
 
@@ -95,10 +98,6 @@ class MeanOfRanks(torch.autograd.Function):
         return upstream
 
 
-ROWS = {"x": "x", "z": "z", "z1": "z1", "row_bias": "x", "labels": "z"}
-COLS = {"y": "y", "z2": "z2", "col_bias": "y"}
-
-
 def in_the_world(function, counts: list[int], group):
     """A function of all rows that calls `function` on each rank with its rows: counts[r] of them, and its share of the rest."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -128,6 +127,51 @@ def in_the_world(function, counts: list[int], group):
             return OfAllRanks.apply(values, torch.cat([rows, n + rows]), 2 * n)
         if isinstance(values, tuple):
             return tuple(OfAllRanks.apply(v, i, k) for v, i, k in zip(values, (rows, cols), (n, m)))
-        return OfAllRanks.apply(values, cols if arguments.get("axis") == "cols" else rows, m if arguments.get("axis") == "cols" else n)
+        return OfAllRanks.apply(values, *((cols, m) if arguments.get("axis") == "cols" else (rows, n)))
 
     return call
+
+
+# ---- what the functions of a world have in common ------------------------------------------------------------------------
+
+D = 16
+EXACTLY = dict(rtol=0, atol=0)
+
+
+def counts_of(kind: str, world: int) -> list[int]:
+    """Rows of each rank."""
+    return {
+        "even": [12] * world,
+        "uneven": [23, 1, 7, 10][:world],
+        "one empty": [0, 11, 13, 9][:world] if world > 1 else [11],
+    }[kind]
+
+
+def world_group(strategy="auto", **options):
+    """Chunks of three lines of each rank: several of them, and a ragged last one."""
+    return flashcl.Group(dist.group.WORLD, strategy=strategy, chunk_bytes=3 * dist.get_world_size() * D * 4, **options)
+
+
+def difference(what: str, got: torch.Tensor, want: torch.Tensor, rtol=1e-10, atol=1e-14) -> list[str]:
+    """What is wrong with `got`, in one message or none."""
+    if got.shape != want.shape:
+        return [f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}"]
+    if torch.allclose(got, want, rtol=rtol, atol=atol):
+        return []
+    off = torch.where(got == want, 0.0, got - want).abs().max()
+    return [f"{what}: off by {off:.3g}, where the largest is {want.abs().max():.3g}"]
+
+
+def differences(what: str, names: str, got, want, **tolerance) -> list[str]:
+    """Of several tensors, and their names."""
+    pairs = zip(names.split(), got, want, strict=True)
+    return [message for name, a, b in pairs for message in difference(f"{what} {name}", a, b, **tolerance)]
+
+
+def refused(call, *words) -> list[str]:
+    """A call must raise an error with these words."""
+    try:
+        call()
+    except (RuntimeError, ValueError) as error:
+        return [f"{word!r} is not in: {error}" for word in words if word not in str(error)]
+    return [f"no error that says {words}"]

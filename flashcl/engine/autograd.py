@@ -168,7 +168,7 @@ class _LogSumExp(torch.autograd.Function):
             d_col = torch.zeros_like(LogSumExp(col_parts).top[0], dtype=torch.float64)
         row, col = LogSumExp(row_parts), None if d_col is None else LogSumExp(col_parts)
         if d_row is None and col is not None:  # nothing has used the rows: as if they had no pairs, since 0 exp(NaN) is not 0
-            row = LogSumExp.of_no_pair(problem, len(x))
+            row = LogSumExp.of_no_pair(problem, x.shape[0])
         d_row, d_pos = (_or_zeros(d, row) for d in (d_row, d_pos))
 
         about, d_scale_beside = None, 0.0
@@ -252,7 +252,7 @@ def _mean_gradients(p: Problem, group: str) -> Tensor:
         counts = torch.stack([torch.ones_like(v[:, :1], dtype=p.stat_dtype).sum(0) for v in lines])  # (1 or 2, 1)
         both = distributed.sum_over_ranks(torch.cat([sums, counts], 1), group)
         sums, counts = both[:, :-1], both[:, -1]
-    return (torch.dot(sums[0], sums[-1]) / (counts[0] * counts[-1])).reshape(1)
+    return torch.dot(sums[0] / counts[0], sums[-1] / counts[-1]).reshape(1)  # of the means: the sums' may overflow
 
 
 class _SoftplusSum(torch.autograd.Function):

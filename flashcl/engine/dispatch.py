@@ -61,7 +61,7 @@ class Execution:
     @staticmethod
     def of(x: Tensor, backend: str, group: Group | None, **same: object) -> Execution:
         """For embeddings like x. `same`: arguments of the loss in which the ranks of a group must agree."""
-        encoded = "" if group is None else group.encode(**same)
+        encoded = "" if group is None else group.encode(**{"loss number": group.meetings()}, **same)
         return Execution(computed_dtype(x), choose(backend, x), encoded)
 
 

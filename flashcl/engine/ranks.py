@@ -5,7 +5,6 @@ Inside operators a group travels as a string (`Group.encode`), since operators k
 
 from __future__ import annotations
 
-import itertools
 import json
 import weakref
 from collections.abc import Iterator
@@ -103,6 +102,11 @@ class Group:
             raise ValueError(f'convention {group.convention!r} is for losses with reduction="mean", {got}')
         return group
 
+    def meetings(self) -> int:
+        """How many there have been. It tells losses apart that look alike: their backward passes, in another order on one rank,
+        would meet each other's rows."""
+        return _meetings.get(self.process_group, 0)
+
     def encode(self, **same: object) -> str:
         """For an operator. `same`: arguments of the loss in which the ranks must agree, beside what operators see."""
         same = {name: v.item().hex() if isinstance(v, torch.Tensor) else v for name, v in same.items()}  # text: NaN equals NaN
@@ -113,8 +117,8 @@ class Group:
 # Bytes of what a rank says, whatever it has to say: so ranks that disagree still understand each other.
 MESSAGE = 1024
 
-# The numbers of the meetings of each group. Not by name: a group that is made after another was destroyed may have its name.
-_meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = weakref.WeakKeyDictionary()
+# How many meetings each group has had. Not by name: a group that is made after another was destroyed may have its name.
+_meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
 class Ranks:
@@ -125,7 +129,9 @@ class Ranks:
         self.rules, self.chunk_bytes = CONVENTIONS[convention], int(chunk_bytes)
         self.group = dist.distributed_c10d._resolve_process_group(name)
         self.rank, self.size, self.device = self.group.rank(), self.group.size(), device
-        self.what = f"{what}, number {next(_meetings.setdefault(self.group, itertools.count()))} in this group"
+        number = _meetings.get(self.group, 0)
+        _meetings[self.group] = number + 1
+        self.what = f"{what}, number {number} in this group"
         options = {"strategy": self.strategy, "convention": convention, "chunk_bytes": self.chunk_bytes}
         self.same = {"operation": self.what} | options | json.loads(arguments)
         self.counts: list[tuple[int, ...]] = []  # of each rank

@@ -51,8 +51,8 @@ def info_nce(
     group = Group.of(group, reduction)
     if symmetric:
         checks.same_rows("x", x, "y", y, "each column has a positive; for more candidates than rows pass symmetric=False")
-    elif len(y) < len(x):
-        raise ValueError(f"y must have at least the {len(x)} rows of x, a positive for each, got {len(y)}")
+    elif y.shape[0] < x.shape[0]:
+        raise ValueError(f"y must have at least the {x.shape[0]} rows of x, a positive for each, got {y.shape[0]}")
     scale = parameter(checks.logit_scale(x, temperature=temperature, logit_scale=logit_scale), group)
     how, (x, y) = prepare(x, y, normalize=normalize, backend=backend, group=group, reduction=reduction)
 

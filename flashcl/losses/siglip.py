@@ -52,7 +52,7 @@ def siglip(
     bias = parameter(to_statistic_dtype(checks.scalar("logit_bias", logit_bias, x), x), group)
     how, (x, y) = prepare(x, y, normalize=normalize, backend=backend, group=group, reduction=reduction, logit_bias=bias)
 
-    row = torch.arange(len(x), dtype=torch.int32, device=x.device)
+    row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     pairs = Pairs("different", (row,), (row,), partner=0)
-    loss = softplus_sum(x, y, scale, bias.expand(len(x)), pairs, how, per_row=reduction == "none")
+    loss = softplus_sum(x, y, scale, bias.expand(x.shape[0]), pairs, how, per_row=reduction == "none")
     return reduce(loss, reduction, x, group)

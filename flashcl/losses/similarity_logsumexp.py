@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from flashcl import checks
-from flashcl.dtypes import to_statistic_dtype
+from flashcl.dtypes import statistic_dtype
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
 from flashcl.losses.common import eager_over_ranks, prepare
@@ -49,8 +49,8 @@ def similarity_logsumexp(
     Accuracy: the contract of flashcl.contract (README, "Accuracy").
     """
     checks.embeddings(group, x=x, y=y)
-    checks.vector("row_bias", row_bias, len(x), x)
-    checks.vector("col_bias", col_bias, len(y), x)
+    checks.vector("row_bias", row_bias, x.shape[0], x)
+    checks.vector("col_bias", col_bias, y.shape[0], x)
     checks.one_of("exclude", exclude, (None, "diagonal"))
     checks.one_of("axis", axis, ("both", "rows", "cols"))
     group = Group.of(group, reduction=None)
@@ -61,8 +61,9 @@ def similarity_logsumexp(
 
     pairs = Pairs()
     if exclude == "diagonal":
-        row_id, col_id = (torch.arange(len(v), dtype=torch.int32, device=x.device) for v in (x, y))
+        row_id, col_id = (torch.arange(v.shape[0], dtype=torch.int32, device=x.device) for v in (x, y))
         pairs = Pairs("different", (row_id,), (col_id,))
     s = log_sum_exp(x, y, scale, row_bias, col_bias, pairs, how, need_cols=axis == "both")
-    row = to_statistic_dtype(s.row_neg, x)
-    return (row, to_statistic_dtype(s.col_neg, x)) if axis == "both" else row
+    # Copied in float64, too: the engine returns views, to which the caller could not write.
+    row, col = (None if v is None else v.to(statistic_dtype(x), copy=True) for v in (s.row_neg, s.col_neg))
+    return (row, col) if axis == "both" else row

@@ -45,13 +45,13 @@ def sup_con(
     Source: Khosla et al. 2020, eq. 2.
     """
     checks.embeddings(group, z=z)
-    checks.labels(labels, len(z), z)
+    checks.labels(labels, z.shape[0], z)
     checks.one_of("reduction", reduction, REDUCTIONS)
     group = Group.of(group, reduction)
     scale = parameter(checks.inverse_temperature(temperature, z), group)
     how, (z,) = prepare(z, normalize=normalize, backend=backend, group=group, reduction=reduction)
 
-    row = torch.arange(len(z), dtype=torch.int32, device=z.device)
+    row = torch.arange(z.shape[0], dtype=torch.int32, device=z.device)
     labels = labels.to(torch.int64).contiguous()
     pairs = Pairs("by_label", (row,), (row,), labels=labels)
     s = log_sum_exp(z, None, scale, None, None, pairs, how, need_cols=False)
