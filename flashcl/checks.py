@@ -59,7 +59,7 @@ def number(name: str, value: float, kind: str = "float") -> float:
     try:
         return float(value)
     except OverflowError:
-        raise ValueError(f"{name} must be a number that float64 holds, got {len(str(value))} digits") from None
+        raise ValueError(f"{name} must be a number that float64 holds, got a larger one") from None
 
 
 def _constant(value: float, x: Tensor) -> Tensor:

@@ -324,7 +324,7 @@ class Yardstick:
 
     def check(self, backend: str = "auto", function: Callable | None = None) -> list[Finding]:
         """Every bound on every value and gradient, of a backend or of `function`."""
-        return self.judge(self.results(backend, function))
+        return self.findings(self.results(backend, function))
 
     def results(self, backend: str = "auto", function: Callable | None = None) -> dict[str, Tensor]:
         """What `evaluate` returns for flashcl's function on a backend, or for `function`."""
@@ -334,7 +334,7 @@ class Yardstick:
             getattr(flashcl, self.case.function), replace(self.case, options=self.case.options | dict(backend=backend))
         )
 
-    def judge(self, results: dict[str, Tensor]) -> list[Finding]:
+    def findings(self, results: dict[str, Tensor]) -> list[Finding]:
         """Every bound on every value and gradient."""
         findings = []
         for quantity, truth in self.truth.items():

@@ -1,8 +1,8 @@
 """The losses as modules that own their temperature (and bias), with the published initialisations.
 
-Each holds the logarithm of its scale, log(1 / temperature), as `log_logit_scale`, (): a parameter if it is learnable, which
-the optimizer has to be given like those of the model, a buffer if not. They return what their functions do: float32 (float64
-for float64 embeddings), nats, () or with reduction="none" one for each row.
+Each holds the logarithm of its scale, log(1 / temperature), as `log_logit_scale`, (): a parameter if it is learnable (give it to
+the optimizer), else a buffer. They return what their functions do: float32 (float64 for float64 embeddings), nats, () or with
+reduction="none" one for each row.
 """
 
 from __future__ import annotations
@@ -100,9 +100,9 @@ class InfoNCELoss(_WithLogitScale):
     Call with x (N, D), y (M, D).
 
     temperature: the one to begin with.
-    learnable: `log_logit_scale` is a parameter, for the optimizer to have: [*model.parameters(), *criterion.parameters()];
-        otherwise a buffer.
-    max_logit_scale: what a learnable scale acts as at most; None: no bound.
+    learnable: whether `log_logit_scale` is a parameter, to be given to the optimizer ([*model.parameters(),
+        *criterion.parameters()]), or a buffer.
+    max_logit_scale: the largest value that a learnable scale takes effect with; None: no bound.
     The other options are those of the function.
     Source: Radford et al. 2021, section 2.5.
     """
@@ -132,7 +132,7 @@ class SigLIPLoss(_WithLogitScale):
     Call with x (N, D), y (N, D).
 
     logit_scale, logit_bias: those to begin with.
-    learnable: `log_logit_scale` and `logit_bias` are parameters, for the optimizer to have; otherwise buffers.
+    learnable: whether `log_logit_scale` and `logit_bias` are parameters, to be given to the optimizer, or buffers.
     The other options are those of the function.
     Source: Zhai et al. 2023, algorithm 1.
     """
@@ -166,7 +166,7 @@ class NTXentLoss(_WithLogitScale):
     Call with z1 (N, D), z2 (N, D).
 
     temperature: the fixed one, or the one to begin with.
-    learnable: `log_logit_scale` is a parameter, for the optimizer to have; otherwise a buffer.
+    learnable: whether `log_logit_scale` is a parameter, to be given to the optimizer, or a buffer.
     The other options are those of the function.
     Source: Chen et al. 2020, eq. 1.
     """
@@ -194,7 +194,7 @@ class SupConLoss(_WithLogitScale):
     Call with z (N, D), labels (N,).
 
     temperature: the fixed one, or the one to begin with.
-    learnable: `log_logit_scale` is a parameter, for the optimizer to have; otherwise a buffer.
+    learnable: whether `log_logit_scale` is a parameter, to be given to the optimizer, or a buffer.
     The other options are those of the function.
     Source: Khosla et al. 2020, eq. 2.
     """

@@ -194,8 +194,9 @@ def test_scalars(function, name):
     for wrong in ("0.1", [0.1], 1j, True):
         with raises(TypeError, name, type(wrong).__name__):
             function(**{name: wrong})
-    with raises(ValueError, name, "float64", "401 digits"):
-        function(**{name: 10**400})
+    for wrong in (10**400, -(10**5000)):  # of the second Python makes no text
+        with raises(ValueError, name, "float64"):
+            function(**{name: wrong})
     for wrong in (ONE.long(), ONE.bool(), ONE.to(torch.complex64)):
         with raises(TypeError, name, str(wrong.dtype)):
             function(**{name: wrong})

@@ -16,7 +16,7 @@ from calls import BF16, DOUBLE, REDUCED, SINGLE, per_row
 from torch.nn.parallel import DistributedDataParallel
 from world import EXACTLY, D, counts_of, difference, differences, in_the_world, run_world, world_group
 from world_conventions import columns_of_some, conventions, own_slot_only
-from world_faults import a_rank_stalls, disagreements, nan_agrees_with_nan, what_fails_is_named
+from world_faults import a_rank_stalls, disagreements, nan_agrees_with_nan, orders_that_are_right, what_fails_is_named
 from world_traffic import bytes_as_planned, communication_overlaps, explained
 
 import flashcl
@@ -235,6 +235,7 @@ OTHERS = {
     nan_agrees_with_nan: WORLDS[1:],
     strided_rows: WORLDS[1:],
     what_fails_is_named: WORLDS[1:],
+    orders_that_are_right: WORLDS[1:],
     disagreements: WORLDS[1:],  # the last: it leaves one rank a meeting behind
 }
 

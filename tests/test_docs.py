@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import flashcl
+from flashcl.backends.tiled import WORKSPACE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted((ROOT / "docs").glob("*.md"))
@@ -40,8 +41,9 @@ def stand_ins() -> dict:
 
 
 @pytest.fixture
-def alone(tmp_path):
+def alone(tmp_path, monkeypatch):
     """A world of this process."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -65,10 +67,10 @@ def test_a_snippet_runs(page, code, alone):
 # ---- tables --------------------------------------------------------------------------------------------------------------
 
 
-def table(page: Path, first_cell: str, second_cell: str) -> list[list[str]]:
-    """The cells below the header that begins with these."""
+def table(page: Path, header: str) -> list[list[str]]:
+    """The cells below the header that begins like this."""
     lines = page.read_text().splitlines()
-    start = next(k for k, line in enumerate(lines) if line.startswith(f"| {first_cell} | {second_cell}"))
+    start = next(k for k, line in enumerate(lines) if line.startswith(header))
     rows = []
     for line in lines[start + 2 :]:
         if not line.startswith("|"):
@@ -92,7 +94,7 @@ def results(name: str) -> list[dict]:
 @pytest.mark.parametrize("page, sizes", [(README, 2), (BENCHMARKS, 5)], ids=["README", "benchmarks"])
 def test_the_table_of_a_cpu(page, sizes):
     found = {(r["loss"], r["n"], r["provider"]): r for r in results("bench-cpu.json")}
-    rows = table(page, "loss", "rows | flashcl ms")
+    rows = table(page, "| loss | rows | flashcl ms")
     assert len(rows) == 4 * sizes
     for loss, n, *cells in rows:
         ours, dense, compiled = (found[loss, int(n.replace(",", "")), k] for k in ("flashcl-torch", "dense", "torch.compile"))
@@ -103,13 +105,14 @@ def test_the_table_of_a_cpu(page, sizes):
 
 def test_the_table_of_a_gpu():
     found = {(r["loss"], r["n"], r["d"], r["provider"]): r for r in results("bench-h200.json")}
-    rows = table(README, "loss", "rows | D")
+    rows = table(README, "| loss | rows | D")
     assert len(rows) == 10
     for loss, n, d, cuda, triton, peer, dense, *memory in rows:
         at = loss, int(n.replace(",", "")), int(d.replace(",", ""))
         peers = [found[(*at, name)] for name in ("memeff", "siglip-kernel") if (*at, name) in found]
         best = min((r for r in peers if r["status"] == "ok"), key=lambda r: r["ms"], default=None)
         assert (best is None) == (peer == "") == (memory[1] == ""), (at, peer)
+        assert best is None or best["provider"] in peer, (at, peer)
         ours, tritons, eager = (found[(*at, name)] for name in ("flashcl-cuda", "flashcl-triton", "dense"))
         shown = zip((ours, tritons, best, eager), (cuda, triton, peer, dense), (memory[0], None, *memory[1:]))
         for r, time, mib in shown:
@@ -121,7 +124,7 @@ def test_the_table_of_a_gpu():
 
 def test_the_table_of_small_batches():
     files = {"c245df4": "small-h200.json", "c8d32a9": "small-h200-c8d32a9.json"}
-    rows = table(README, "rows", "flashcl | flashcl in a graph")
+    rows = table(README, "| rows | flashcl | flashcl in a graph")
     assert len(rows) == 5
     for n, *cells, commit in rows:
         (found,) = (r["ms"] for r in results(files[commit]) if r["n"] == int(n.replace(",", "")))
@@ -131,13 +134,22 @@ def test_the_table_of_small_batches():
 
 def test_the_table_of_ranks():
     found = {(r["loss"], r["world"], r["strategy"]): r for r in results("distributed-cpu.json")}
-    rows = table(README, "loss", "one rank")
+    rows = table(README, "| loss | one rank")
     assert len(rows) == 4
     for loss, *steps, ring, gather, waiting in rows:
         assert all(shows(cell, found[loss, world, "ring"]["step_s"]) for cell, world in zip(steps, (1, 2, 4))), (loss, steps)
         for cell, strategy in ((ring, "ring"), (gather, "gather")):
             assert shows(cell, found[loss, 4, strategy]["sent_mib"]), (loss, strategy, cell)
         assert shows(waiting, 100 * found[loss, 4, "ring"]["exposed"]), (loss, waiting)
+
+
+def test_the_comparison_is_part_of_the_whole_one():
+    short, whole = (table(page, "| | flashcl | memeff") for page in (README, ROOT / "docs/comparison.md"))
+    assert len(short) == 12 and len(whole) > len(short) and all(row in whole for row in short)
+
+
+def test_the_workspace_is_as_large_as_the_readme_says():
+    assert f"Up to {WORKSPACE // 2**20} MiB of flashcl's memory are a workspace" in README.read_text()
 
 
 # ---- links ---------------------------------------------------------------------------------------------------------------

@@ -204,7 +204,7 @@ FORMULAS = {
     "cut-cross-entropy `linear_cross_entropy(s * x, y, torch.arange(len(x)), filter_eps=None)`": lambda x, y, s: softmax(s * x @ y.T),
     # docs/drop_in.md
     "sentence-transformers `MultipleNegativesRankingLoss(model, similarity_fct=dot_score, scale=1.0)`": lambda x, y: softmax(x @ y.T),
-    '… `directions=("query_to_doc", "doc_to_query"), partition_mode="per_direction"`, with hard negatives `n`': lambda x, y, n: (
+    'the same, with hard negatives `n`': lambda x, y, n: (
         two_directions(x, y, torch.cat([y, n]))
     ),
     "SupContrast `SupConLoss(t)(features, c)`, one view (V = 1)": lambda features, c, t: reference_sup_con(features[:, :1], c, t),

@@ -36,7 +36,8 @@ def a_group_made_again(rank, world, folder) -> list[str]:
     x = torch.ones(3, D)
     flashcl.info_nce(x, x, temperature=1.0, group=dist.group.WORLD)
     # Refused on rank 1 before it meets the others, which wait for it until it leaves.
-    wrong = refused(lambda: flashcl.info_nce(x, x[: 3 - rank], temperature=1.0, group=dist.group.WORLD))
+    words = "y must have the 3 rows of x" if rank else "failed while waiting"
+    wrong = refused(lambda: flashcl.info_nce(x, x[: 3 - rank], temperature=1.0, group=dist.group.WORLD), words)
     name = dist.group.WORLD.group_name
     dist.destroy_process_group()
     store = dist.FileStore(f"{folder}/again", world)

@@ -1,4 +1,4 @@
-"""For test_distributed.py: every rank gets an error that names what differed, or what it waited for."""
+"""For test_distributed.py: every rank gets an error that names what differed, or what it waited for; and no other order is one."""
 
 import functools
 import math
@@ -10,7 +10,8 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from calls import DOUBLE, SINGLE
-from world import D, refused, world_group
+from torch.utils.checkpoint import checkpoint
+from world import D, difference, refused, world_group
 
 import flashcl
 from flashcl.engine.ranks import Ranks
@@ -66,9 +67,9 @@ def disagreements(rank, world) -> list[str]:
     ahead = info_nce(leaf())
     behind = (lambda: info_nce(leaf())) if odd else ahead.backward
     wrong += refused(behind, "agree", "operation 'the gradients", "operation 'the statistics")
-    for call in (info_nce, lambda x: siglip(x, leaf())):
-        first, second = call(leaf()), call(leaf())  # alike in all but their place
-        wrong += refused((second if odd else first).backward, "agree", "loss number")
+    for call in LIKE_LOSSES:
+        first, second = call(leaf(), group), call(leaf(), group)  # alike in all but their place
+        wrong += refused((second if odd else first).backward, "agree", "its loss begun at number")
     loss = siglip(leaf(), leaf()) * (2.0 if odd else 1.0)
     wrong += refused(loss.backward, "upstream gradient", 'reduction="none"')
     wrong += refused(lambda: info_nce(leaf()[:0], leaf()[:0]), "no rank of the group has rows")
@@ -80,6 +81,42 @@ def disagreements(rank, world) -> list[str]:
         wrong += refused(lambda: info_nce(leaf()), "another collective operation")
     # That meeting was no flashcl call on the odd rank, so that its number is one behind: told, not passed over.
     wrong += refused(lambda: info_nce(leaf()), "agree", "operation", "number")
+    return wrong
+
+
+LIKE_LOSSES = [
+    lambda x, group: flashcl.info_nce(x, x * x, temperature=0.5, group=group),
+    lambda x, group: flashcl.siglip(x, x * x, logit_scale=1.0, logit_bias=0.0, group=group),
+    lambda x, group: flashcl.siglip(x, x * x, logit_scale=1.0, logit_bias=0.0, reduction="none", group=group).sum(),
+    lambda x, group: flashcl.sup_con(x, torch.arange(len(x)) % 2, group=group),
+    lambda x, group: flashcl.similarity_logsumexp(x, x * x, axis="rows", group=group).sum(),
+]
+
+
+def orders_that_are_right(rank, world) -> list[str]:
+    """Whatever all ranks do alike: last come, first served; a loss between; encoded again in the backward; two groups at once."""
+    group, another = dist.group.WORLD, dist.new_group()
+    inputs = [torch.randn(4, D, dtype=DOUBLE, generator=torch.Generator().manual_seed(9 * rank + k)) for k in range(3)]
+
+    def leaves():
+        return [x.clone().requires_grad_() for x in inputs]
+
+    wrong = []
+    for k, call in enumerate(LIKE_LOSSES):
+        at_once = leaves()
+        for x in at_once:
+            call(x, group).backward()
+        reversed_, again, mixed = leaves(), leaves(), leaves()
+        for loss in [call(x, group) for x in reversed_][::-1]:
+            with torch.no_grad():
+                call(inputs[0], group)
+            loss.backward()
+        for x, reentrant in zip(again, (False, True, False)):
+            checkpoint(call, x, group, use_reentrant=reentrant).backward()
+        for loss in [call(x, g) for x, g in zip(mixed, (group, another, group))][::-1]:
+            loss.backward()
+        for name, found in (("reversed", reversed_), ("again", again), ("two groups", mixed)):
+            wrong += [f"{k}, {name}: {d}" for x, y in zip(found, at_once) for d in difference("grad", x.grad, y.grad)]
     return wrong
 
 

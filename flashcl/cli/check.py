@@ -52,15 +52,16 @@ def run(args) -> int:
 
 def _report(loss: str, dtype: torch.dtype, backends: list[str], device: torch.device) -> int:
     """Prints a line for each of the backends that serve the dtype. Returns for how many of them the contract does not hold."""
+    backends = [name for name in backends if dispatch.unusable(name, device, dtype) is None]
+    if not backends:
+        return 0
     yardsticks = {name: Yardstick.of(contract.case(loss, **c).to(dtype, device)) for name, c in CASES.items()}
     dense = max(yardstick.worst(yardstick.dense[0]) for yardstick in yardsticks.values())
     failures = 0
     for backend in backends:
-        if dispatch.unusable(backend, device, dtype):
-            continue
         results = {name: yardstick.results(backend) for name, yardstick in yardsticks.items()}
         ours = max(yardstick.worst(yardstick.errors(results[name])) for name, yardstick in yardsticks.items())
-        found = {name: yardstick.judge(results[name]) for name, yardstick in yardsticks.items()}
+        found = {name: yardstick.findings(results[name]) for name, yardstick in yardsticks.items()}
         broken = [f"{name}: {f}" for name, findings in found.items() for f in findings if not f.holds]
         if dtype == torch.float64 and not _gradcheck(loss, backend, device):
             broken.append("gradcheck")

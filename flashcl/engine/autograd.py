@@ -236,7 +236,7 @@ def _mean_product(p: Problem, products: Tensor | None, positives: Partner | Same
     these count by how far a product is from the mean.
     """
     if products is None:
-        return _mean_gradients(p, group)
+        return _mean_over_all_pairs(p, group)
     if isinstance(positives, Partner) and not group:  # every row has one: a single launch
         return products.mean(0, keepdim=True, dtype=p.stat_dtype)
     some = positives.inverse != 0 if isinstance(positives, SameLabel) else torch.ones_like(products, dtype=torch.bool)
@@ -244,7 +244,7 @@ def _mean_product(p: Problem, products: Tensor | None, positives: Partner | Same
     return (total / count.clamp(min=1)).to(p.stat_dtype).reshape(1)
 
 
-def _mean_gradients(p: Problem, group: str) -> Tensor:
+def _mean_over_all_pairs(p: Problem, group: str) -> Tensor:
     lines = [p.x] if p.triangular else [p.x, p.y]
     sums = torch.stack([v.sum(0, dtype=p.stat_dtype) for v in lines])  # (1 or 2, D)
     counts = [v.shape[0] for v in lines]

@@ -14,7 +14,7 @@ from flashcl import checks
 from flashcl.dtypes import computed_dtype
 from flashcl.engine.exchange import choose_strategy
 from flashcl.engine.problem import Backend
-from flashcl.engine.ranks import Group
+from flashcl.engine.ranks import Group, meetings
 
 BACKENDS = ("cuda", "triton", "torch")  # fastest first; the last one needs no kernel for the device
 
@@ -61,7 +61,7 @@ class Execution:
     @staticmethod
     def of(x: Tensor, backend: str, group: Group | None, **same: object) -> Execution:
         """For embeddings like x. `same`: arguments of the loss in which the ranks of a group must agree."""
-        encoded = "" if group is None else group.encode(**{"loss number": group.meetings()}, **same)
+        encoded = "" if group is None else group.encode(**{"its loss begun at number": meetings(group.process_group)}, **same)
         return Execution(computed_dtype(x), choose(backend, x), encoded)
 
 

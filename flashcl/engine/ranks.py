@@ -52,17 +52,21 @@ class Group:
     convention: what a loss with reduction="mean" returns on a rank and what its gradients mean, W ranks, N rows in all:
 
         name            value on a rank          towers, averaged over ranks   logit_scale, bias, averaged
-        local_grad      W / N * sum of own rows  exact                         exact               (the default)
+        local_grad      W / N * sum of own rows  exact                         exact
         global_grad     global mean              exact                         exact
         global          global mean              exact / W                     exact
         global_scaled   W * global mean          exact                         exact * W
         local_partial   W / N * sum of own rows  none through others' rows     exact
 
-    They are those of open_clip with local_loss and gather_with_grad, of open_clip with gather_with_grad alone, of open_clip's
-    default, and of pytorch-metric-learning's wrapper without and (up to a factor of W) with efficient=True. The gradients of
-    "local_partial" are biased. "global" ones are for reduction="mean" alone. With "sum", "none" and for similarity_logsumexp a
-    rank returns what belongs to its own rows, not rescaled: summed over ranks, value and gradients are those of one process
-    with all rows.
+        local_grad      the default; open_clip with local_loss=True, gather_with_grad=True
+        global_grad     open_clip with gather_with_grad=True
+        global          open_clip's default; SimCSE
+        global_scaled   pytorch-metric-learning, DistributedLossWrapper
+        local_partial   the same with efficient=True, up to a factor of W
+
+    The gradients of "local_partial" are biased. "global" ones are for reduction="mean" alone. With "sum", "none" and for
+    similarity_logsumexp a rank returns what belongs to its own rows, not rescaled: summed over ranks, value and gradients are
+    those of one process with all rows.
     Raises ValueError for an unknown strategy or convention, TypeError for what is no ProcessGroup.
     """
 
@@ -102,11 +106,6 @@ class Group:
             raise ValueError(f'convention {group.convention!r} is for losses with reduction="mean", {got}')
         return group
 
-    def meetings(self) -> int:
-        """How many there have been. It tells losses apart that look alike: their backward passes, in another order on one rank,
-        would meet each other's rows."""
-        return _meetings.get(self.process_group, 0)
-
     def encode(self, **same: object) -> str:
         """For an operator. `same`: arguments of the loss in which the ranks must agree, beside what operators see."""
         same = {name: v.item().hex() if isinstance(v, torch.Tensor) else v for name, v in same.items()}  # text: NaN equals NaN
@@ -121,6 +120,12 @@ MESSAGE = 1024
 _meetings: weakref.WeakKeyDictionary[dist.ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
+def meetings(group: dist.ProcessGroup) -> int:
+    """How many a group has had: the number of the next one. A loss remembers it, so that its backward does not meet that of
+    another loss, which looks alike, where backward passes run in another order on one rank."""
+    return _meetings.get(group, 0)
+
+
 class Ranks:
     """All ranks of a group, met for one operation: each has said what it brings, and all have seen that they fit together."""
 
@@ -129,7 +134,7 @@ class Ranks:
         self.rules, self.chunk_bytes = CONVENTIONS[convention], int(chunk_bytes)
         self.group = dist.distributed_c10d._resolve_process_group(name)
         self.rank, self.size, self.device = self.group.rank(), self.group.size(), device
-        number = _meetings.get(self.group, 0)
+        number = meetings(self.group)
         _meetings[self.group] = number + 1
         self.what = f"{what}, number {number} in this group"
         options = {"strategy": self.strategy, "convention": convention, "chunk_bytes": self.chunk_bytes}

@@ -123,7 +123,7 @@ def _begin(args, device: torch.device) -> Results:
     found.environment["copy_gb_per_s"] = bandwidth / 1e9
     print(f"copy bandwidth: {bandwidth / 1e9:,.4g} GB/s, read and written")
     print("useful: FLOPs that the loss takes without an N x M matrix; matrix rate: of this machine's GEMMs, in the same rounds;")
-    print("x floor: the time over that of the useful FLOPs at the matrix rate; extra memory: peak, less the inputs")
+    print("x floor: the time, divided by what the useful FLOPs would take at that rate; extra memory: peak, less the inputs")
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         found.save(args.out)
