@@ -330,9 +330,8 @@ class Yardstick:
         """What `evaluate` returns for flashcl's function on a backend, or for `function`."""
         if function is not None:
             return evaluate(function, self.case)
-        return evaluate(
-            getattr(flashcl, self.case.function), replace(self.case, options=self.case.options | dict(backend=backend))
-        )
+        c = replace(self.case, options=self.case.options | dict(backend=backend))
+        return evaluate(getattr(flashcl, c.function), c)
 
     def findings(self, results: dict[str, Tensor]) -> list[Finding]:
         """Every bound on every value and gradient."""
@@ -343,9 +342,6 @@ class Yardstick:
             dense32 = None if self.dense32 is None else [e[quantity] for e in self.dense32]
             findings += judge(quantity, results[quantity], truth, dense=dense, dense32=dense32, tight=tight)
         return findings
-
-    def errors(self, results: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {quantity: truth.error(results[quantity]) for quantity, truth in self.truth.items()}
 
     def worst(self, errors: dict[str, Tensor]) -> float:
         """The largest relative L2 error of all values and gradients."""
@@ -383,8 +379,12 @@ def dense_errors(c: Case, truth: dict[str, Truth], orders: int = 16) -> list[dic
     for seed in range(orders):
         order = Order.of(c, seed)
         result = order.undo(c, evaluate(dense, order.apply(c), order))
-        errors.append({quantity: truth[quantity].error(result[quantity]) for quantity in truth})
+        errors.append(errors_of(result, truth))
     return errors
+
+
+def errors_of(results: dict[str, Tensor], truth: dict[str, Truth]) -> dict[str, Tensor]:
+    return {quantity: v.error(results[quantity]) for quantity, v in truth.items()}
 
 
 def violations(*args, **kwargs) -> list[Finding]:

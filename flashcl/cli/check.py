@@ -56,12 +56,12 @@ def _report(loss: str, dtype: torch.dtype, backends: list[str], device: torch.de
     if not backends:
         return 0
     yardsticks = {name: Yardstick.of(contract.case(loss, **c).to(dtype, device)) for name, c in CASES.items()}
-    dense = max(yardstick.worst(yardstick.dense[0]) for yardstick in yardsticks.values())
+    dense = max(y.worst(y.dense[0]) for y in yardsticks.values())
     failures = 0
     for backend in backends:
-        results = {name: yardstick.results(backend) for name, yardstick in yardsticks.items()}
-        ours = max(yardstick.worst(yardstick.errors(results[name])) for name, yardstick in yardsticks.items())
-        found = {name: yardstick.findings(results[name]) for name, yardstick in yardsticks.items()}
+        results = {name: y.results(backend) for name, y in yardsticks.items()}
+        ours = max(y.worst(contract.errors_of(results[name], y.truth)) for name, y in yardsticks.items())
+        found = {name: y.findings(results[name]) for name, y in yardsticks.items()}
         broken = [f"{name}: {f}" for name, findings in found.items() for f in findings if not f.holds]
         if dtype == torch.float64 and not _gradcheck(loss, backend, device):
             broken.append("gradcheck")

@@ -152,10 +152,10 @@ class Plan:
         vectors."""
         sides = 1 if self.symmetric else 2
         towers = sides * self.lines * self.dim * (2 * self.itemsize + STATISTIC)
-        others = self.ranks > 1  # a lone rank sends nothing, and its one call of a backend returns the gradients themselves
+        moving = self.ranks > 1  # a lone rank sends nothing, and its one call of a backend returns the gradients themselves
         in_flight = self.lines if strategy == "ring" else self.ranks * self.chunk_lines()
-        on_its_way = 2 * in_flight * self.dim * (self.itemsize + STATISTIC) * others
-        block = 2 * self.lines * self.dim * STATISTIC * others  # gradients that one call of a backend returns
+        on_its_way = 2 * in_flight * self.dim * (self.itemsize + STATISTIC) * moving
+        block = 2 * self.lines * self.dim * STATISTIC * moving  # gradients that one call of a backend returns
         vectors = self.lines * self.ranks * (4 + self.classes * 4 * STATISTIC)
         # class sums, in float64 and rounded
         labels = 2 * self.lines * self.dim * (8 + STATISTIC) if self.loss == "sup_con" else 0
