@@ -10,9 +10,8 @@ from pathlib import Path
 
 def run_each(script: Path, runs: list[tuple], tmp_path_factory) -> dict[tuple, list | str]:
     """{run: the lines that the script printed for its arguments, as JSON, or its errors}, side by side."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # of all workers: some kernels are in two scripts
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(shared / "triton")}
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))  # of this script: another may keep less of a kernel
 
     def run(arguments):
         command = [sys.executable, str(script), *map(str, arguments)]

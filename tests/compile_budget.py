@@ -27,7 +27,7 @@ from triton.runtime.jit import JITFunction
 from flashcl.backends import triton as backend
 from flashcl.engine.problem import Needs, Problem, Sigmoid, Softmax
 
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 INSTRUCTIONS = dict(
     mma="mma.sync", wgmma="wgmma.mma_async", tcgen05="tcgen05.mma", cp_async="cp.async.c", tma="cp.async.bulk.tensor"
@@ -68,18 +68,15 @@ def resources(binary):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
+        command = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {k: int(re.search(rf"{k}:(\d+)", usage)[1]) for k in ("REG", "STACK", "LOCAL")}
     return dict(
-        registers=int(re.search(r"REG:(\d+)", usage)[1]),
-        spills=len(re.findall(r"\b(?:STL|LDL)\b", sass)),
+        registers=found["REG"],
+        memory_of_threads=found["STACK"] + found["LOCAL"],  # bytes: the kernels have no arrays of their own, so these are spills
         shared=binary.metadata.shared,
         instructions=[name for name, text in INSTRUCTIONS.items() if text in binary.asm["ptx"]],
     )
-
-
-def _tool(name, *args):
-    return subprocess.run([TOOLS / name, *args], capture_output=True, text=True, check=True).stdout
 
 
 # ---- what is compiled ----------------------------------------------------------------------------------------------------

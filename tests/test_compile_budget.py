@@ -36,6 +36,6 @@ def test_budget(run, compiled):
     assert len(compiled[run]) == (8 if run[0] in (86, 89, 120) else 16)
     for kernel in compiled[run]:
         arch = kernel["arch"]
-        assert kernel["spills"] == 0, kernel
+        assert kernel["memory_of_threads"] == 0, kernel
         assert kernel["shared"] <= SHARED_LIMIT[arch], kernel
         assert INSTRUCTIONS[arch] <= set(kernel["instructions"]), kernel
