@@ -1,4 +1,4 @@
-"""Losses over the rows of several ranks: gloo on loopback, worlds of 1 to 4 processes, all cases of a world in one spawn.
+"""Losses over the rows of several ranks: gloo on loopback (NCCL: test_nccl.py), worlds of 1 to 4 processes, all cases of a world in one spawn.
 
 What runs in a world, here and in world_*.py, returns messages of what is wrong, a list of them on each rank: an assert on one
 rank would leave the others in a collective, and take all else that the world has found with it.
@@ -12,47 +12,22 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from calls import BF16, DOUBLE, REDUCED, SINGLE, per_row
+from calls import DOUBLE, per_row
 from torch.nn.parallel import DistributedDataParallel
 from world import EXACTLY, D, counts_of, difference, differences, in_the_world, run_world, world_group
+from world_contract import contract_cases, holds
 from world_conventions import columns_of_some, conventions, own_slot_only
 from world_faults import a_rank_stalls, disagreements, nan_agrees_with_nan, orders_that_are_right, what_fails_is_named
 from world_traffic import bytes_as_planned, communication_overlaps, explained
 
 import flashcl
-from flashcl.contract import LOSSES, case, evaluate, violations
+from flashcl.contract import LOSSES, evaluate
 from flashcl.engine.ranks import Ranks
 
 WORLDS = (1, 2, 3, 4)
 
 
-# ---- the contract: the world is as good as one process -------------------------------------------------------------------
-
-
-def holds(loss, counts, dtype, strategy, regime="init", **options) -> list[str]:
-    """Float64 to 1e-10 of the dense formula, other dtypes by the contract."""
-    c = case(loss, regime, n=sum(counts), d=D, **options)
-    function = in_the_world(getattr(flashcl, c.function), counts, world_group(strategy))
-    if dtype != DOUBLE and dist.get_rank() == 0:
-        return [str(finding) for finding in violations(c, dtype, function=function)]
-    got = evaluate(function, c.to(dtype))
-    if dtype != DOUBLE:
-        return []  # this rank has done its share
-    expected = evaluate(getattr(flashcl.reference, c.function), c)
-    near = {k: dict(rtol=0, atol=1e-10 * v.abs().max().item()) for k, v in expected.items()}
-    return [message for k, v in expected.items() for message in difference(k, got[k], v, **near[k])]
-
-
-def contract_cases():
-    for loss in LOSSES:
-        for kind, dtype in (("even", DOUBLE), ("uneven", DOUBLE), ("one empty", DOUBLE), ("uneven", SINGLE)):
-            for strategy in ("ring", "gather"):
-                yield f"{loss}-{kind}-{strategy}-{str(dtype)[6:]}", loss, kind, dtype, strategy, {}
-        yield f"{loss}-converged-bfloat16", loss, "uneven", BF16, "ring", dict(regime="converged")
-        yield f"{loss}-large", loss, "even", SINGLE, "ring", dict(regime="large", seed=1)
-        if loss in REDUCED:
-            for reduction in ("none", "sum"):
-                yield f"{loss}-{reduction}", loss, "uneven", DOUBLE, "ring", dict(reduction=reduction)
+# ---- rows that are hard on losses ----------------------------------------------------------------------------------------
 
 
 def bad_row_on_one_rank(rank, world) -> list[str]:
@@ -241,9 +216,7 @@ OTHERS = {
 
 
 def everything(rank, world) -> dict[str, list[str]]:
-    wrong = {}
-    for name, loss, kind, dtype, strategy, options in contract_cases():
-        wrong[name] = holds(loss, counts_of(kind, world), dtype, strategy, **options)
+    wrong = {name: holds(loss, counts_of(kind, world), **how) for name, loss, kind, how in contract_cases()}
     return wrong | {f.__name__: f(rank, world) for f, worlds in OTHERS.items() if world in worlds}
 
 
@@ -269,4 +242,4 @@ def test_the_comparison_can_fail():
 
 def negatives_forgotten(rank, world) -> list[str]:
     with mock.patch.object(flashcl, "info_nce", lambda group, real=flashcl.info_nce, **arguments: real(**arguments)):
-        return holds("info_nce", [12, 12], DOUBLE, "ring")
+        return holds("info_nce", [12, 12], dtype=DOUBLE, strategy="ring")

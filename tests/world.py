@@ -1,4 +1,4 @@
-"""Worlds of ranks for the tests: processes over gloo on loopback, and all of them seen as one function of all rows."""
+"""Worlds of ranks for the tests: processes on this machine, over gloo or NCCL, and all of them seen as one function of all rows."""
 
 import json
 import os
@@ -16,19 +16,25 @@ from flashcl.contract import COLS, ROWS
 TIMEOUT = timedelta(seconds=60)
 
 
-def run_world(world: int, function, *, survivors: bool = False) -> list:
-    """function(rank, world) in `world` processes; what each returns, by way of JSON. survivors: None of a rank that died."""
+def run_world(world: int, function, *, backend: str = "gloo", survivors: bool = False) -> list:
+    """function(rank, world) in `world` processes; what each returns, by way of JSON. survivors: None of a rank that died.
+
+    Over NCCL the current device of a rank is the GPU of that number.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_rank, (world, folder, function, survivors), nprocs=world, join=True)
+        mp.spawn(_rank, (world, folder, function, backend, survivors), nprocs=world, join=True)
         files = [Path(folder, f"{rank}.json") for rank in range(world)]
         return [None if survivors and not file.exists() else json.loads(file.read_text()) for file in files]
 
 
-def _rank(rank: int, world: int, folder: str, function, survivors: bool) -> None:
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+def _rank(rank: int, world: int, folder: str, function, backend: str, survivors: bool) -> None:
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, "lo")
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     store = dist.FileStore(f"{folder}/store", world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
     result = function(rank, world)
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     if survivors:
