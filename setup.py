@@ -200,6 +200,7 @@ setup(
     setup_requires=requirements(),
     packages=packages(),
     package_dir={"flashcl.triton_kernels": "triton_kernels"},
+    package_data={"flashcl": ["py.typed"]},  # type checkers look at the annotations of a package that has it
     ext_modules=extension_modules,
     cmdclass={"build_ext": NvccBuild},
     options={"bdist_wheel": {"py_limited_api": "cp{}{}".format(*ABI_FLOOR)}} if extension_modules else {},

@@ -50,6 +50,8 @@ class _AtMost(torch.autograd.Function):
 class _WithLogitScale(nn.Module):
     """Holds log(logit_scale), learnable or fixed; a learnable one acts as at most log(max_logit_scale)."""
 
+    log_logit_scale: Tensor  # ()
+
     def __init__(self, logit_scale: float, learnable: bool, max_logit_scale: float | None, options: dict):
         super().__init__()
         checks.one_of("reduction", options["reduction"], REDUCTIONS)
@@ -136,6 +138,8 @@ class SigLIPLoss(_WithLogitScale):
     The other options are those of the function.
     Source: Zhai et al. 2023, algorithm 1.
     """
+
+    logit_bias: Tensor  # ()
 
     def __init__(
         self,

@@ -18,6 +18,8 @@ gradients. ``reduction`` is "mean", "sum" or "none" (one value per anchor); the 
 elsewhere in PyTorch, except in `sup_con`.
 """
 
+from __future__ import annotations
+
 from numbers import Real
 
 import torch
@@ -25,7 +27,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def info_nce(x, y, *, temperature=None, logit_scale=None, symmetric=True, normalize=False, reduction="mean"):
+def info_nce(
+    x: Tensor,
+    y: Tensor,
+    *,
+    temperature: float | Tensor | None = None,
+    logit_scale: float | Tensor | None = None,
+    symmetric: bool = True,
+    normalize: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
     """InfoNCE: loss_i = -log( exp(s_ii) / sum_j exp(s_ij) ); symmetric: the mean of this and the same over columns.
 
     x is (N, D) and y is (M, D); y[i] is the positive of x[i] and every other row of y is a negative. N = M, or M >= N
@@ -59,7 +70,15 @@ def info_nce(x, y, *, temperature=None, logit_scale=None, symmetric=True, normal
     return _reduce(loss, reduction)
 
 
-def siglip(x, y, *, logit_scale, logit_bias, normalize=False, reduction="mean"):
+def siglip(
+    x: Tensor,
+    y: Tensor,
+    *,
+    logit_scale: float | Tensor,
+    logit_bias: float | Tensor,
+    normalize: bool = False,
+    reduction: str = "mean",
+) -> Tensor:
     """SigLIP: loss_i = sum_j -log sigmoid(z_ij s_ij), s_ij = logit_scale <x_i, y_j> + logit_bias, z_ii = 1, else -1.
 
     x and y are (N, D); y[i] is the positive of x[i]. "mean" is the sum over all pairs divided by N (not by N^2), "sum"
@@ -82,7 +101,9 @@ def siglip(x, y, *, logit_scale, logit_bias, normalize=False, reduction="mean"):
     return _reduce(loss, reduction)
 
 
-def nt_xent(z1, z2, *, temperature=0.5, normalize=False, reduction="mean"):
+def nt_xent(
+    z1: Tensor, z2: Tensor, *, temperature: float | Tensor = 0.5, normalize: bool = False, reduction: str = "mean"
+) -> Tensor:
     """NT-Xent: loss_i = -log( exp(s_{i,p(i)}) / sum_{a != i} exp(s_ia) ), p(i) the other view of i, over all 2N views.
 
     z1 and z2 are (N, D), two views of the same N samples; s is the (2N, 2N) similarity of z = [z1; z2] with itself.
@@ -105,7 +126,9 @@ def nt_xent(z1, z2, *, temperature=0.5, normalize=False, reduction="mean"):
     return _reduce(loss, reduction)
 
 
-def sup_con(z, labels, *, temperature=0.07, normalize=False, reduction="mean"):
+def sup_con(
+    z: Tensor, labels: Tensor, *, temperature: float | Tensor = 0.07, normalize: bool = False, reduction: str = "mean"
+) -> Tensor:
     """SupCon: loss_i = -1/|P(i)| sum_{p in P(i)} log( exp(s_ip) / sum_{a != i} exp(s_ia) ).
 
     z is (N, D), labels (N,) of integers (or bools); P(i) = {p != i : labels[p] == labels[i]} are the positives of i.
@@ -134,7 +157,16 @@ def sup_con(z, labels, *, temperature=0.07, normalize=False, reduction="mean"):
     return _reduce(loss, reduction)
 
 
-def similarity_logsumexp(x, y, *, logit_scale=1.0, row_bias=None, col_bias=None, exclude=None, axis="both"):
+def similarity_logsumexp(
+    x: Tensor,
+    y: Tensor,
+    *,
+    logit_scale: float | Tensor = 1.0,
+    row_bias: Tensor | None = None,
+    col_bias: Tensor | None = None,
+    exclude: str | None = None,
+    axis: str = "both",
+) -> Tensor | tuple[Tensor, Tensor]:
     """row_lse_i = log sum_j exp(s_ij) and col_lse_j = log sum_i exp(s_ij), over the pairs that count.
 
     s_ij = logit_scale <x_i, y_j> + row_bias_i + col_bias_j; x is (N, D), y (M, D), row_bias (N,), col_bias (M,).
@@ -164,17 +196,17 @@ def similarity_logsumexp(x, y, *, logit_scale=1.0, row_bias=None, col_bias=None,
     return _logsumexp(s, dim=1), _logsumexp(s, dim=0)
 
 
-def _widen(s, input_dtype):
+def _widen(s: Tensor, input_dtype: torch.dtype) -> Tensor:
     """Logits in the dtype that losses are computed in: float64 for float64 inputs, else float32."""
     return s.to(torch.float64 if input_dtype == torch.float64 else torch.float32)
 
 
-def _diagonal(s):
+def _diagonal(s: Tensor) -> Tensor:
     """Where s_ii sits: a mask of the shape of s."""
     return torch.eye(*s.shape, dtype=torch.bool, device=s.device)
 
 
-def _log_softmax_over_others(s):
+def _log_softmax_over_others(s: Tensor) -> Tensor:
     """s_ij - log sum_{a != i} exp(s_ia), for j != i.
 
     s_ii becomes the lowest finite number, which has weight exp(...) = 0 beside any other; -inf would make the gradient
@@ -183,13 +215,13 @@ def _log_softmax_over_others(s):
     return s.masked_fill(_diagonal(s), torch.finfo(s.dtype).min).log_softmax(dim=1)
 
 
-def _logsumexp(s, dim):
+def _logsumexp(s: Tensor, dim: int) -> Tensor:
     """torch.logsumexp, with gradient 0 (not NaN) where every entry is -inf."""
     empty = s.isneginf().all(dim=dim, keepdim=True)
     return s.masked_fill(empty, 0).logsumexp(dim=dim).masked_fill(empty.squeeze(dim), -torch.inf)
 
 
-def _reduce(loss, reduction):
+def _reduce(loss: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
     if reduction == "sum":
@@ -199,7 +231,7 @@ def _reduce(loss, reduction):
     raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
 
 
-def _scalar(value, name):
+def _scalar(value: float | Tensor, name: str) -> float | Tensor:
     """A number as it is, a one-element tensor as 0-d: then it does not decide the dtype of the logits."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -210,7 +242,7 @@ def _scalar(value, name):
     raise TypeError(f"{name}: expected a number or a one-element tensor, got {type(value).__name__}")
 
 
-def _vector(value, name, length):
+def _vector(value: Tensor, name: str, length: int) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
     if value.shape != (length,):
@@ -218,7 +250,7 @@ def _vector(value, name, length):
     return value
 
 
-def _check_embeddings(**embeddings):
+def _check_embeddings(**embeddings: Tensor) -> None:
     """Every argument a 2-d floating-point tensor, all of one width, dtype and device."""
     first_name, first = next(iter(embeddings.items()))
     for name, value in embeddings.items():

@@ -63,9 +63,9 @@ def modules_of(wheel):
 
 
 def python_files(tree):
-    """Every .py file of the library in `tree`, under the name it must have once installed."""
+    """Every .py file of the library in `tree`, under the name it must have once installed, and the mark that it is typed."""
     kernels = {f"flashcl/{p.relative_to(tree)}" for p in (tree / "triton_kernels").rglob("*.py")}
-    return kernels | {str(p.relative_to(tree)) for p in (tree / "flashcl").rglob("*.py")}
+    return kernels | {str(p.relative_to(tree)) for p in (tree / "flashcl").rglob("*.py")} | {"flashcl/py.typed"}
 
 
 @pytest.fixture
@@ -108,6 +108,27 @@ assert ours is not triton_kernels and not hasattr(ours, 'WHO')
 print(ours.__name__)
 """
     assert output_of(code, tmp_path, PYTHONPATH=str(foreign.parent)) == "flashcl.triton_kernels"
+
+
+# Types
+
+
+def test_a_type_checker_knows_the_signatures(tmp_path):
+    """A misspelled argument is found in every loss, also behind its decorator; what is right is not."""
+    losses = ["info_nce(x, x, temperature=0.1)", "siglip(x, x, logit_scale=1.0, logit_bias=x)", "nt_xent(x, x)", "sup_con(x, x)"]
+    losses += ["similarity_logsumexp(x, x)"]
+    right = [f"{module}.{loss}" for module in ("flashcl", "flashcl.reference") for loss in losses]
+    right += [f"flashcl.{name}" for name in ("InfoNCELoss(0.1)", "SigLIPLoss(1.0)", "NTXentLoss(0.1)", "Group(x)", "explain(x)")]
+    wrong = [call[:-1] + ", unknown=1)" for call in right]
+    source = tmp_path / "user.py"
+    source.write_text("\n".join(["import torch", "import flashcl", "import flashcl.reference", "x = torch.ones(2, 2)", *right, *wrong]))
+    config = tmp_path / "mypy.ini"  # to read all of torch would take a minute
+    config.write_text("[mypy]\nfollow_imports = silent\n[mypy-torch.*]\nfollow_imports = skip\n")
+    options = ["--config-file", config, "--cache-dir", os.devnull, "--python-executable", sys.executable, "--strict"]
+    done = run(["-m", "mypy", *options, source], tmp_path, MYPYPATH=str(REPO))
+    errors = re.findall(r"^user\.py:(\d+): error: (.*)$", done.stdout, re.MULTILINE)
+    assert [int(line) for line, _ in errors] == list(range(5 + len(right), 5 + 2 * len(right))), done.stdout
+    assert all('Unexpected keyword argument "unknown"' in text for _, text in errors), errors
 
 
 # The pure wheel and the source distribution

@@ -17,7 +17,8 @@ from flashcl.engine.dispatch import Execution
 from flashcl.engine.ranks import Group
 
 REDUCTIONS = ("mean", "sum", "none")
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")  # each on a line of its own: type checkers take no other
+R = TypeVar("R")
 
 
 def eager_over_ranks(loss: Callable[P, R]) -> Callable[P, R]:
@@ -28,7 +29,7 @@ def eager_over_ranks(loss: Callable[P, R]) -> Callable[P, R]:
     """
 
     @functools.wraps(loss)
-    def call(*args, **options):
+    def call(*args: P.args, **options: P.kwargs) -> R:
         if options.get("group") is not None and torch.compiler.is_compiling():
             return torch.compiler.disable(loss)(*args, **options)
         return loss(*args, **options)
