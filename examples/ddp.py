@@ -15,8 +15,8 @@ import flashcl
 def train(device: torch.device) -> Tensor:
     """A function, so that the models, which keep the group, are gone before `finish` destroys it."""
     model = DistributedDataParallel(Towers(learnable_scale=False).to(device))
-    criterion = flashcl.SigLIPLoss(group=dist.group.WORLD).to(device)  # learns its temperature and bias: averaged, too
-    criterion = DistributedDataParallel(criterion)
+    criterion = flashcl.SigLIPLoss(group=dist.group.WORLD).to(device)
+    criterion = DistributedDataParallel(criterion)  # the gradients of its scale and bias must be averaged as well
     optimizer = torch.optim.AdamW([*model.parameters(), *criterion.parameters()], lr=1e-3)
 
     for step in range(30):

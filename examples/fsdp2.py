@@ -5,14 +5,27 @@
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from towers import Towers, batch, finish, start
 
 import flashcl
 
+
+class Model(Towers):
+    """With the scale among what it returns: in its forward a parameter is whole, and its gradient is averaged like all others."""
+
+    def __init__(self):
+        super().__init__(learnable_scale=False)
+        self.log_scale = nn.Parameter(torch.full((1,), 2.66))  # log(1 / 0.07); fully_shard takes none of shape ()
+
+    def forward(self, images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return *super().forward(images, texts), self.log_scale.exp()
+
+
 device = start()
-model = Towers(learnable_scale=False).to(device)  # fully_shard takes no parameter of a single number
+model = Model().to(device)
 mesh = init_device_mesh(device.type, (dist.get_world_size(),))
 for tower in (model.image, model.text):
     fully_shard(tower, mesh=mesh)
@@ -20,8 +33,8 @@ fully_shard(model, mesh=mesh)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 for step in range(30):
-    images, texts = model(*batch(step, device))
-    loss = flashcl.nt_xent(images, texts, temperature=0.1, group=dist.group.WORLD)
+    images, texts, scale = model(*batch(step, device))
+    loss = flashcl.nt_xent(images, texts, temperature=1 / scale, group=dist.group.WORLD)
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

@@ -267,6 +267,8 @@ def test_backend_and_group(function):
             function(backend=wrong)
     with pytest.raises(TypeError, match="group must be a .*ProcessGroup or a flashcl.Group, got object"):
         function(group=object())
+    with pytest.raises(ValueError, match="group is one that this rank is no member of"):
+        function(group=torch.distributed.GroupMember.NON_GROUP_MEMBER)  # what new_group returns on ranks that it leaves out
 
 
 def test_group_options():
@@ -284,6 +286,8 @@ def test_group_options():
         flashcl.similarity_logsumexp(X, X, group=flashcl.Group(alone, convention="global"))
     with raises(ValueError, "chunk_bytes", "1.5"):
         flashcl.Group(alone, chunk_bytes=1.5)
+    with raises(ValueError, "process_group", "no member"):
+        flashcl.Group(torch.distributed.GroupMember.NON_GROUP_MEMBER)
     with raises(TypeError, "process_group", "NoneType"):
         flashcl.Group(None)
 

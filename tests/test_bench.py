@@ -201,6 +201,17 @@ def test_one_row_that_nobody_wrote_is_seen(dtype, affordable, what):
     assert whole.status == "ok" and broken.status == "wrong" and "a row of grad y" in broken.note
 
 
+@pytest.mark.parametrize("n, d, loss", [(1, 1, "info_nce"), (16, 1, "nt_xent")])
+def test_gradients_that_vanish_may_be_zero(n, d, loss):
+    """One row has no negative; in one dimension some losses of float32 have nothing left to gain."""
+    work = Workload(loss, n, d, "float32")
+    case = work.inputs(CPU)
+    for name in ("dense", "flashcl-torch"):
+        c = measure.Candidate(name, providers.PROVIDERS[name](work, case))
+        measure.judge(c, measure.evaluate(c.loss, case), exact.exact(work, case), "float32")
+        assert c.status == "ok", c.note
+
+
 def test_float16_is_trained_with_a_scaled_loss(monkeypatch):
     """Without, dense loses percents of a gradient at 4,096 rows; the gradients come back without the scale."""
     work = Workload("siglip", 4096, 64, "float16")

@@ -7,6 +7,7 @@ import io
 import itertools
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -316,6 +317,8 @@ def test_a_small_run_from_code_to_search(code_folder, tmp_path, capsys):
     if importlib.util.find_spec("matplotlib"):
         assert (out / "demo.png").read_bytes()[:4] == b"\x89PNG"
 
+    command = shlex.split(next(line for line in shown.splitlines() if line.startswith("    flashcl demo")))[1:]
+    assert main(command) == 0 and "package." in capsys.readouterr().out  # the encoder of this run, wherever it is
     assert demo.run(arguments("--out", out, "--search", "compress an image")) == 0
     answers = capsys.readouterr().out.splitlines()
     assert main(["demo", "--out", str(out), "--search", "?!"]) == 2 and "no words" in capsys.readouterr().err
@@ -356,6 +359,8 @@ def test_search_in_what_is_no_encoder_says_what_to_do(content, tmp_path, capsys)
 def test_too_little_code_is_refused(tmp_path, capsys):
     assert main(["demo", "--code", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu"]) == 2
     assert "0 pairs are too few" in capsys.readouterr().err
+    assert main(["demo", "--code", str(tmp_path / "nowhere"), "--out", str(tmp_path / "out")]) == 2
+    assert f"--code {tmp_path / 'nowhere'}: no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--batch", "--large-batch", "--steps", "--seconds"])

@@ -22,7 +22,7 @@ def test_the_examples_train(example, tmp_path):
         port = free.getsockname()[1]
     mp.spawn(run_example, (path, port, tmp_path), nprocs=2)
     loss = float((tmp_path / "0").read_text().rsplit(None, 1)[-1])
-    assert loss < {"plain": 2.0, "ddp": 5.0, "fsdp2": 3.0}[example]  # after one step: 7.0, 9.2 and 7.7
+    assert loss < {"plain": 2.0, "ddp": 5.0, "fsdp2": 3.0}[example]  # after one step: 7.0, 9.2 and 9.3
 
 
 def run_example(rank: int, path: Path, port: int, folder: Path) -> None:

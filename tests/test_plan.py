@@ -29,8 +29,8 @@ def test_info_nce_by_hand():
 
 
 def test_a_symmetric_matrix_is_computed_and_sent_once():
-    one, both = Plan("nt_xent", batch=2048, dim=64, ranks=5), Plan("info_nce", batch=4096 - 4096 % 5, dim=64, ranks=5)
-    assert one.lines == 2 * (2048 // 5)
+    one, both = Plan("nt_xent", batch=2048, dim=64, ranks=5), Plan("info_nce", batch=4100, dim=64, ranks=5)
+    assert one.lines == 2 * 410  # of ranks that hold 409 or 410 pairs, two views each
     assert one.flops(8) == pytest.approx(both.flops(8) / 2, rel=1e-2)
     assert one.rows("ring") == 2 * one.lines * 64 * 2 and one.rows("gather") == 4 * one.lines * 64 * 2
     assert Plan("nt_xent", batch=2048, dim=64, ranks=4).rows("ring") == 1.75 * 1024 * 64 * 2
@@ -85,8 +85,13 @@ ARGUMENTS = ["plan", "--batch", "4M", "--dim", "1024", "--gpus", "256", "--inter
 def test_the_command(capsys):
     assert main([*ARGUMENTS, "--gpu", "h200"]) == 0
     out = capsys.readouterr().out
-    for words in ("gather", "ring", "largest batch", "auto takes this strategy", "published peak", "A model, not a measurement"):
+    for words in ("16,384 lines each", "gather", "ring", "largest batch", "auto takes this strategy", "published peak", "A model, not a measurement"):
         assert words in out
+
+
+def test_ranks_that_hold_different_numbers(capsys):
+    assert main([*ARGUMENTS, "--batch", "1000", "--gpus", "3"]) == 0
+    assert "over 3 ranks, 334 lines on the largest of them" in capsys.readouterr().out
 
 
 def test_one_rank_sends_nothing(capsys):

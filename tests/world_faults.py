@@ -59,7 +59,7 @@ def disagreements(rank, world) -> list[str]:
     with torch.no_grad():
         wrong += refused(lambda: info_nce(leaf(), reduction="sum" if odd else "mean"), "agree", "reduction 'sum'")
     bias = dict(logit_scale=1.0, logit_bias=float(odd), group=group)
-    wrong += refused(lambda: flashcl.siglip(leaf(), leaf(), **bias), "agree", "logit_bias '0x1.0", "logit_bias '0x0.0")
+    wrong += refused(lambda: flashcl.siglip(leaf(), leaf(), **bias), "agree", "logit_bias '1.0'", "logit_bias '0.0'", "averaged")
     siglip = functools.partial(flashcl.siglip, logit_scale=1.0, logit_bias=0.0, group=group)
     wrong += refused(lambda: siglip(one, one, reduction="none"), "agree", "any gradient wanted False")
     frozen = info_nce(leaf().detach() if odd else leaf())

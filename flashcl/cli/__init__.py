@@ -1,7 +1,8 @@
 """The command line: flashcl info | check | bench | demo | plan.
 
 Exit codes: 0, all is well; 1, what was checked or compared is worse than it should be; 2, what was asked for cannot be
-done, and stderr says why; 3, a time limit or a broken GPU left some of it; 130, interrupted.
+done, and stderr says why; 3, a time limit or a broken GPU left some of it; 130, interrupted. A provider that `bench` finds
+wrong is a result, like any other.
 """
 
 from __future__ import annotations

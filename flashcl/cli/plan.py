@@ -1,6 +1,6 @@
 """`flashcl plan`: what a step over many GPUs costs, from formulas. All of them stand in this file.
 
-Per rank, with W ranks, n = batch / W rows each (NT-Xent: 2 n lines), rows of D numbers of e bytes:
+Per rank, with W ranks, n = batch / W rows each (rounded up; NT-Xent: 2 n lines), rows of D numbers of e bytes:
 
     compute      8 n N D FLOPs (InfoNCE), 6 n N D (SigLIP), half of 8 on the lines of a symmetric matrix
     rows         (W - 1) n D e per walk over the other ranks; by "ring" half of them where the matrix is symmetric, and
@@ -71,8 +71,8 @@ class Plan:
 
     @property
     def lines(self) -> int:
-        """Rows of S that a rank holds."""
-        return self.batch // self.ranks * (2 if self.loss == "nt_xent" else 1)
+        """Rows of S that a rank holds: of ranks that differ by one, the larger."""
+        return -(-self.batch // self.ranks) * (2 if self.loss == "nt_xent" else 1)
 
     @property
     def classes(self) -> int:
@@ -202,7 +202,8 @@ def run(args) -> int:
     if args.calibrate is not None:
         peak, where = measured_rate(args.calibrate, args.loss, args.dtype, args.dim)
     plan = Plan(args.loss, args.batch, args.dim, args.gpus, itemsize=4 if args.dtype == "float32" else 2)
-    of_a_rank = f"{plan.lines:,} lines each, D = {args.dim}, {args.dtype}"
+    each = "each" if args.batch % args.gpus == 0 else "on the largest of them"
+    of_a_rank = f"{plan.lines:,} lines {each}, D = {args.dim}, {args.dtype}"
     print(f"{args.loss}, batch {args.batch:,} over {args.gpus} rank{'s' * (args.gpus > 1)}, {of_a_rank}")
     print(f"matrix rate {peak / 1e12:.4g} TFLOP/s: {where}")
     print(f"interconnect {args.interconnect / 1e9:.1f} GB/s per rank, one way. A model, not a measurement.\n")

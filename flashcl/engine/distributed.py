@@ -19,7 +19,7 @@ from torch import Tensor
 
 from flashcl.engine.exchange import Block, Share, everything, exchange, half
 from flashcl.engine.problem import Backend, Grads, LogSumExp, Needs, Problem, Sigmoid, Softmax, Statistics
-from flashcl.engine.ranks import Ranks
+from flashcl.engine.ranks import Ranks, exactly
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class _World:
             "x and y the same": p.triangular,
             "row_bias given": p.row_bias is not None,
             "col_bias given": p.col_bias is not None,
-            "logit_scale": p.logit_scale.item().hex(),  # as text: NaN is equal to NaN
+            "logit_scale": exactly(p.logit_scale),
         }
         ranks = Ranks.meet(group, p.x.device, what, same, (len(p.x), len(p.y)))
         rows_of_ranks, cols_of_ranks = map(list, zip(*ranks.counts))
@@ -295,7 +295,7 @@ def label_blocks(x: Tensor, labels: Tensor, weights: Tensor, group: str) -> Iter
 def agree_on(v: Tensor, what: str, group: str) -> Tensor:
     """v () if every rank has the same, as without a group; a RuntimeError on every rank otherwise."""
     if group:
-        Ranks.meet(group, v.device, "a comparison", {what: v.item().hex()})
+        Ranks.meet(group, v.device, "a comparison", {what: exactly(v)})
     return v
 
 

@@ -81,7 +81,7 @@ class Group:
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         if not isinstance(self.process_group, dist.ProcessGroup) and not torch.compiler.is_compiling():
             # Inside torch.compile a ProcessGroup is of another type, which one depends on the version.
-            raise TypeError(f"process_group must be a torch.distributed ProcessGroup, got {type(self.process_group).__name__}")
+            raise _no_group("process_group", self.process_group, "a torch.distributed ProcessGroup")
         if not isinstance(self.chunk_bytes, int) or self.chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be a positive integer, got {self.chunk_bytes!r}")
 
@@ -99,7 +99,7 @@ class Group:
         if group is None:
             return None
         if not isinstance(group, (Group, dist.ProcessGroup)):
-            raise TypeError(f"group must be a torch.distributed ProcessGroup or a flashcl.Group, got {type(group).__name__}")
+            raise _no_group("group", group, "a torch.distributed ProcessGroup or a flashcl.Group")
         group = group if isinstance(group, Group) else Group(group)
         if group.rules.global_mean and reduction != "mean":
             got = "this function returns no mean" if reduction is None else f"got {reduction!r}"
@@ -108,9 +108,20 @@ class Group:
 
     def encode(self, **same: object) -> str:
         """For an operator. `same`: arguments of the loss in which the ranks must agree, beside what operators see."""
-        same = {name: v.item().hex() if isinstance(v, torch.Tensor) else v for name, v in same.items()}  # text: NaN equals NaN
+        same = {name: exactly(v) if isinstance(v, torch.Tensor) else v for name, v in same.items()}
         options = self.strategy, self.convention, str(self.chunk_bytes)
         return "\n".join([self.process_group.group_name, *options, json.dumps(same)])
+
+
+def _no_group(name: str, got: object, expected: str) -> Exception:
+    if got is dist.GroupMember.NON_GROUP_MEMBER:  # what new_group returns on ranks that it leaves out
+        return ValueError(f"{name} is one that this rank is no member of: only its members may call the loss")
+    return TypeError(f"{name} must be {expected}, got {type(got).__name__}")
+
+
+def exactly(v: torch.Tensor) -> str:
+    """A number in which ranks must agree to the last bit. As text: NaN is equal to NaN."""
+    return repr(v.item())
 
 
 # Bytes of what a rank says, whatever it has to say: so ranks that disagree still understand each other.
@@ -151,6 +162,8 @@ class Ranks:
             if differ := [key for key in first | facts if first.get(key) != facts.get(key)]:
                 there, here = (", ".join(f"{key} {known.get(key)!r}" for key in differ) for known in (facts, first))
                 difference = f"Rank {rank} has {there}; rank 0 has {here}"
+                if {"logit_scale", "logit_bias"} & set(differ):
+                    difference += ". Are the gradients of a learnable one averaged over ranks, as those of the model are?"
                 raise RuntimeError(f"flashcl: the ranks of a group must agree ({ranks.what}). {difference}")
         ranks.counts = [tuple(counts) for _, counts in said]
         return ranks

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -11,6 +13,21 @@ from flashcl.dtypes import statistic_dtype
 from flashcl.engine.autograd import Pairs, log_sum_exp
 from flashcl.engine.ranks import Group
 from flashcl.losses.common import eager_over_ranks, prepare
+
+
+# For type checkers: what comes back depends on the axis.
+@overload
+def similarity_logsumexp(
+    x: Tensor, y: Tensor, *, logit_scale: float | Tensor = ..., row_bias: Tensor | None = ..., col_bias: Tensor | None = ...,
+    exclude: str | None = ..., axis: Literal["both"] = ..., group: ProcessGroup | Group | None = ..., backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def similarity_logsumexp(
+    x: Tensor, y: Tensor, *, logit_scale: float | Tensor = ..., row_bias: Tensor | None = ..., col_bias: Tensor | None = ...,
+    exclude: str | None = ..., axis: Literal["rows", "cols"], group: ProcessGroup | Group | None = ..., backend: str = ...,
+) -> Tensor: ...  # fmt: skip
 
 
 @eager_over_ranks

@@ -36,11 +36,15 @@ class Exact:
 
     def worst_rows(self, out: dict[str, Tensor]) -> dict[str, float]:
         """For each matrix the largest error of a row, relative to the size of its rows: one row that nobody wrote is
-        lost in the sum over all. Rows that are not in the sample must at least be finite and not zero."""
+        lost in the sum over all. Rows that are not in the sample must at least be finite and not zero, as must those in it
+        whose gradient is not next to nothing."""
         found = {}
         for name in self.rows.keys() & out.keys():
-            typical = self.values[name].norm(dim=1).square().mean().sqrt().item()
-            written = out[name].isfinite().all() and out[name].any(dim=1).all()
+            sizes = self.values[name].norm(dim=1)
+            typical = sizes.square().mean().sqrt().item()
+            something = torch.ones(len(out[name]), dtype=torch.bool, device=sizes.device)
+            something[self.rows[name]] = sizes > 1e-6 * typical
+            written = out[name].isfinite().all() and out[name][something].any(dim=1).all()
             found[name] = _ratio(self._error(out, name).norm(dim=1).max(), typical) if written else math.inf
         return found
 

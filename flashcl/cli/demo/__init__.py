@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from flashcl.cli.text import describe
 
 LARGE_BATCH = {"cpu": 16_384, "cuda": 32_768}
 MIN_PAIRS = 100
+OUT = Path("flashcl-demo")
 THREADS = torch.get_num_threads()  # before choose_threads takes fewer
 
 
@@ -39,7 +41,7 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: a GPU if there is one")
     parser.add_argument("--code", type=Path, metavar="DIR", help="learn the Python files under DIR instead")
-    parser.add_argument("--out", type=Path, default=Path("flashcl-demo"), help="for all files (default: flashcl-demo)")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"for all files (default: {OUT})")
     parser.add_argument("--seed", type=int, default=0, help="of the encoder, and of the order of the pairs (default: 0)")
     parser.set_defaults(run=run)
 
@@ -48,6 +50,8 @@ def run(args) -> int:
     if args.search is not None:
         search.search(args.search, args.out / "encoder.pt")
         return 0
+    if args.code is not None and not args.code.is_dir():
+        raise UsageError(f"--code {args.code}: no such folder")
     device = choose_device(args.device)
     print(machine(device))
     args.out.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,8 @@ def run(args) -> int:
     print("\n" + report.summary(runs, untrained, measured, len(data.test), device))
     draw(runs, measured, args.out / "demo.png", device)
     print(f"encoder of the run with batch {best.batch:,}: {args.out / 'encoder.pt'}. Ask it:")
-    print('    flashcl demo --search "parse a date from a string"')
+    elsewhere = "" if args.out == OUT else f" --out {shlex.quote(str(args.out))}"
+    print(f'    flashcl demo{elsewhere} --search "parse a date from a string"')
     return 0
 
 
