@@ -1,7 +1,7 @@
 """The time a training step takes of the host, which sends work to a GPU and does not wait for it.
 
     python bench/host.py                 a GPU, or a CPU of which the torch backend is measured
-    python bench/host.py --stub          no GPU: the triton backend with kernels for sm_90 and launches that do nothing
+    python bench/host.py --stub          no GPU: a backend for sm_90 (--backend triton or cuda) with launches that do nothing
 
 256 x 16 embeddings: whatever computes is done long before the host is. With --stub the small operations of PyTorch around the
 kernels run on the CPU; the driver's part of a launch is missing, and so are the products with G.
@@ -13,6 +13,7 @@ import argparse
 import functools
 import statistics
 import time
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -22,7 +23,7 @@ from triton.backends.driver import DriverBase
 
 import flashcl
 from flashcl import reference
-from flashcl.backends import tiled
+from flashcl.backends import cuda, tiled
 from flashcl.engine import dispatch
 
 N, D = 256, 16
@@ -51,8 +52,11 @@ class Stub(DriverBase):
 
 
 def stand_in_for_a_gpu() -> None:
-    """Lets the triton backend serve CPU tensors, as on a GPU of sm_90 but with nothing computed."""
+    """Lets the backends with kernels serve CPU tensors, as on a GPU of sm_90 but with nothing computed."""
     triton.runtime.driver.set_active(Stub())
+    if cuda._C is not None:
+        launches = dict.fromkeys(("sweep", "grad", "sigmoid", "fold", "partner_products", "finish"), lambda *_, **__: None)
+        cuda._C = SimpleNamespace(TILE=cuda._C.TILE, Block=cuda._C.Block, **launches)
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     dispatch.unusable = lambda *_: None
     tiled.addmm_ = lambda *_, **__: None
@@ -91,7 +95,7 @@ def main() -> None:
     if options.stub:
         stand_in_for_a_gpu()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    backend = "triton" if options.stub else options.backend
+    backend = "triton" if options.stub and options.backend == "auto" else options.backend
     inputs = leaves(device, sixteen_bits=options.stub or device == "cuda")
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     print(f"host time of a step, ms: median, 20 % quantile ({backend} on {device}, {versions})")

@@ -1,6 +1,7 @@
 """What a loss owes to autograd: which gradients are made, again and again, and what may happen to inputs in between."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from conftest import EVERY
 import flashcl
 from flashcl import contract
 from flashcl.contract import LOSSES, case, evaluate
+from flashcl.engine import ops
 
 pytestmark = pytest.mark.usefixtures("poison", "small_tiles")
 
@@ -133,3 +135,19 @@ def test_results_may_be_written_to(backend, loss, dtype):
     for v, was in zip(values, before):
         v += 1
         assert torch.equal(v.detach(), was + 1)
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "logsumexp"])
+def test_a_wide_gradient_is_given_back_before_the_other_is_rounded(loss, monkeypatch):
+    """Both of a million rows would be a tenth of the memory of a step."""
+    wide, alive = [], []
+
+    def finish(acc, *args, real=ops.finish, **options):
+        alive.append(sum(v() is not None for v in wide))
+        wide.append(weakref.ref(acc))
+        return real(acc, *args, **options)
+
+    monkeypatch.setattr(ops, "finish", finish)
+    c = case(loss, "init").to(BF16)
+    evaluate(getattr(flashcl, c.function), c)
+    assert alive == [0, 0]

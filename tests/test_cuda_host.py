@@ -94,13 +94,15 @@ def test_places_are_where_wgmma_leaves_them():
 def test_blocks_are_bounded_and_cover_the_matrix_once():
     most = tiled.WORKSPACE // 2  # numbers of G in 16 bits
     edge = math.isqrt(most)
-    for N, M in ((1, 1), (1, 10**6), (10**6, 1), (4 * edge, 4 * edge), (10**6, 10**6), (4096, 10**6), (edge + 1, edge), (0, 3)):
+    thin = ((1, 2**24), (2**24, 1), (64, 2**22), (2**22, TILE + 1))
+    for N, M in (*thin, (1, 1), (1, 10**6), (10**6, 1), (4 * edge, 4 * edge), (10**6, 10**6), (4096, 10**6), (edge + 1, edge), (0, 3)):
         x, y = torch.empty(1, 1).expand(N, 1), torch.empty(1, 1).expand(M, 1)
         for triangular in {False, N == M}:
             p = Problem(x, y, torch.ones(1), triangular=triangular)
             for blocks in (list(tiled.blocks(p, most, TILE)), list(backend._strips(p, most))):
                 cells = [(i.stop - i.start) * (j.stop - j.start) for i, j in blocks]
-                assert all(c <= most for c in cells) and all(i.start % TILE == 0 == j.start % TILE for i, j in blocks)
+                room = [math.prod(tiled.whole(lines.stop - lines.start, TILE) for lines in block) for block in blocks]
+                assert all(r <= most for r in room) and all(i.start % TILE == 0 == j.start % TILE for i, j in blocks)
                 own = sum((i.stop - i.start) ** 2 for i, j in blocks if i.start == j.start)
                 assert sum(cells) + (sum(cells) - own if triangular else 0) == N * M
 

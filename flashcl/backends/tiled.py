@@ -36,9 +36,11 @@ def blocks(p: Problem, cells: float, tile: int) -> Iterator[tuple[slice, slice]]
     """
     N, M = len(p.x), len(p.y)
     edge = math.isqrt(int(cells))
-    rows = pieces(slice(0, N), max(edge, int(cells) // max(M, 1)), tile)
+    # In whole tiles: so what a block leaves is laid out, and few rows take as much as those of a tile.
+    tallest, widest = (max(edge, int(cells) // max(whole(n, tile), tile)) for n in (M, N))
+    rows = pieces(slice(0, N), tallest, tile)
     for i in rows:
-        for j in rows if p.triangular else pieces(slice(0, M), max(edge, int(cells) // max(N, 1)), tile):
+        for j in rows if p.triangular else pieces(slice(0, M), widest, tile):
             if not p.triangular or j.start >= i.start:
                 yield i, j
 
@@ -111,16 +113,17 @@ class _Totals(NamedTuple):
 
     @staticmethod
     def of(p: Problem, n: int, center: Tensor | None) -> _Totals:
+        device, deviation = p.x.device, None
+        if center is not None:
+            deviation = torch.empty(n, dtype=torch.float64, device=device)
         if len(p.x) and len(p.y):
-            lse = LogSumExp(torch.empty(p.classes, 2, n, dtype=p.stat_dtype, device=p.x.device))
-        else:  # there will be no block
-            lse = LogSumExp.of_no_pair(p, n)
-        return _Totals(lse, None if center is None else torch.zeros(n, dtype=torch.float64, device=p.x.device))
+            return _Totals(LogSumExp(torch.empty(p.classes, 2, n, dtype=p.stat_dtype, device=device)), deviation)
+        # There will be no block.
+        return _Totals(LogSumExp.of_no_pair(p, n), None if deviation is None else deviation.zero_())
 
     def add(self, fold: Callable, lines: NamedTuple, at: slice, *, first: bool, last: bool) -> None:
         fold(lines.sums, self.lse.parts[:, :, at], first=first, last=last)
-        if self.deviation is not None:
-            self.deviation[at].add_(lines.deviation.sum(0, dtype=torch.float64)[: at.stop - at.start])
+        add_lines_(self.deviation, at, lines.deviation, first=first)
 
 
 def sweep(p: Problem, need_cols: bool, cells: float, tile: int, launch: Callable, fold: Callable) -> Statistics:
@@ -157,7 +160,7 @@ class Side(NamedTuple):
 
     def at(self, lines: slice) -> Side:
         """Of the lines from lines.start on. Only the last dimension is cut: a class is as far from the next one as before."""
-        return Side(*(None if v is None else v[..., lines.start :] for v in self))
+        return self if lines.start == 0 else Side(*(None if v is None else v[..., lines.start :] for v in self))
 
 
 def sides(p: Problem, c: Softmax | Sigmoid, tile: int) -> tuple[Side, Side | None]:
@@ -272,4 +275,4 @@ def add_lines_(total: Tensor | None, at: slice, sums: Tensor | None, *, first: b
     if first:
         torch.sum(sums, 0, out=total[at])
     else:
-        total[at].add_(sums.sum(0))
+        total[at].add_(sums.sum(0, dtype=total.dtype))

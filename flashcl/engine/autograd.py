@@ -153,7 +153,7 @@ class _LogSumExp(torch.autograd.Function):
         if pairs.labels is None:
             return row[0], None if s.col is None else s.col.value()[0], mean, None, None
         # The mean logit by way of its deviation in the tiles: there its error is that of the logits in row_pos, and cancels.
-        gap = row[1] - (problem.center + s.deviation * positives.inverse)
+        gap = row[1] - torch.addcmul(problem.center, s.deviation, positives.inverse)
         alone = positives.inverse == 0
         ctx.mark_non_differentiable(alone)
         return row[0], None, row[1], gap.masked_fill(problem.center == -torch.inf, torch.inf), alone
@@ -183,14 +183,9 @@ class _LogSumExp(torch.autograd.Function):
         else:
             of_cols = () if col is None else (col.of_top(d_col[None]), col.top)
             c = Softmax(row.of_top(d_row[None]), row.top, *of_cols, about=about)
-        needs = _needs(*ctx.needs_input_grad[:5])
+        needs = Needs(*ctx.needs_input_grad[:5])
         g = _gradients(problem, c, positives, d_pos, needs, ctx.how, dtype=ctx.dtype, d_scale_beside=d_scale_beside, kept=kept)
         return g.dx, g.dy, g.d_scale, g.g_rows, g.g_cols, None, None, None, None
-
-
-def _needs(x: bool, y: bool, scale: bool, row_bias: bool, col_bias: bool = False) -> Needs:
-    """Of the tensors of an autograd function, in their order there."""
-    return Needs(x=x, y=y, row_bias=row_bias, col_bias=col_bias, scale=scale)
 
 
 def _or_zeros(upstream: Tensor | None, row: LogSumExp) -> Tensor:
@@ -223,9 +218,9 @@ def _softmax_with_labels(
     SameLabel.finish in full precision. Rows without positives receive 0 of both: their loss is filled, not computed.
     """
     weight = d_pos + d_gap
-    offset = weight * labels.inverse
     weights = row.of_top(torch.stack([d_row, weight]))
-    return Softmax(weights, row.top, row_offset=offset.to(weights.dtype), about=about)
+    offset = torch.mul(weight, labels.inverse, out=torch.empty_like(weights[0]))  # rounds
+    return Softmax(weights, row.top, row_offset=offset, about=about)
 
 
 def _mean_product(p: Problem, products: Tensor | None, positives: Partner | SameLabel | None, group: str) -> Tensor:
@@ -269,7 +264,7 @@ class _SoftplusSum(torch.autograd.Function):
         if per_row:
             ctx.save_for_backward(x, y, logit_scale, row_bias, products, d_pos, tile_ratio)
             return ops.sweep_softplus(problem, how, tile_scale=_tile_scale(problem, tile_ratio), keep=keep) - log_p
-        c, needs = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype)), _needs(*ctx.needs_input_grad[:4])
+        c, needs = Sigmoid(torch.ones_like(d_pos, dtype=problem.stat_dtype)), Needs(*ctx.needs_input_grad[:4])
         # Kept wide: they are rounded to the dtype of x and y once, after the upstream gradient has scaled them.
         g = _gradients(
             problem, c, positives, d_pos, needs, how,
@@ -287,15 +282,17 @@ class _SoftplusSum(torch.autograd.Function):
             problem = _problem(x, y, logit_scale, row_bias, None, ctx.pairs, positives)
             c, d_pos = Sigmoid(upstream.to(problem.stat_dtype)), d_pos * upstream
             g = _gradients(
-                problem, c, positives, d_pos, _needs(*ctx.needs_input_grad[:4]), ctx.how,
+                problem, c, positives, d_pos, Needs(*ctx.needs_input_grad[:4]), ctx.how,
                 dtype=ctx.dtype, d_scale_beside=torch.dot(d_pos, products), tile_ratio=tile_ratio,
             )  # fmt: skip
             return g.dx, g.dy, g.d_scale, g.g_rows, None, None, None, None
         # The gradient of a column has come from the rows of all ranks already, each with an upstream gradient of 1.
         what = 'the upstream gradient of siglip (reduction="none" lets each rank have its own)'
         upstream = distributed.agree_on(upstream, what, ctx.how.group)
-        dx, dy, d_scale, d_row_bias = (None if g is None else g * upstream for g in ctx.saved_tensors)
-        dx, dy = (None if g is None else g.to(ctx.dtype) for g in (dx, dy))
+        *matrices, d_scale, d_row_bias = ctx.saved_tensors
+        # Scaled and rounded at once: what is saved is wide, and another wide copy of it would be the largest memory of a step.
+        dx, dy = (None if g is None else torch.mul(g, upstream, out=torch.empty_like(g, dtype=ctx.dtype)) for g in matrices)
+        d_scale, d_row_bias = (None if g is None else g * upstream for g in (d_scale, d_row_bias))
         return dx, dy, d_scale, d_row_bias, None, None, None, None
 
 
@@ -314,16 +311,20 @@ def _gradients(
 ) -> Grads:
     """The gradients of the tiles and of the positives beside them: as leaves receive them, d_scale (1,) statistic dtype."""
     g = ops.grad(p, c, needs, how, tile_scale=_tile_scale(p, tile_ratio), kept=kept)
-    dx, dy, d_row_bias = g.dx, g.dy, g.g_rows
+    # Held by nothing else: a wide gradient is given back before the other one is rounded.
+    dx, dy, d_row_bias, g = g.dx, g.dy, g.g_rows, replace(g, dx=None, dy=None)
     if positives is None:
 
         def scaled(d: Tensor | None) -> Tensor | None:
             return None if d is None else ops.finish(d, None, None, 0, p.logit_scale, dtype, backend=how.backend)
 
-        dx, dy = scaled(dx), scaled(dy)
+        dx = scaled(dx)
+        dy = scaled(dy)
     else:
         d_pos = d_pos.to(p.stat_dtype)
-        dx, dy = positives.finish(p, dx, dy, d_pos, dtype, how.backend)
+        dx, _ = positives.finish(p, dx, None, d_pos, dtype, how.backend)
+        if dy is not None:  # else a triangular problem would roll its weights twice
+            _, dy = positives.finish(p, None, dy, d_pos, dtype, how.backend)
         d_row_bias = d_row_bias + d_pos if needs.row_bias else None
     d_scale = None
     if needs.scale:

@@ -88,7 +88,7 @@ class SameLabel:
         self, p: Problem, dx: Tensor | None, dy: None, weight: Tensor, dtype: torch.dtype, backend: str
     ) -> tuple[Tensor | None, None]:
         if dx is not None:
-            each = (weight * self.inverse).to(weight.dtype)
+            each = torch.mul(weight, self.inverse, out=torch.empty_like(weight))  # rounds
             _add_labels_(dx, p.x, each, self._sums(p.x, torch.stack([torch.ones_like(each), each])), self.slot)
             dx = ops.finish(dx, None, None, 0, p.logit_scale, dtype, backend=backend)
         return dx, None
@@ -126,7 +126,7 @@ def _numbered(labels: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor, Tenso
     if group:
         ordered = number.sort().values
         slot = torch.searchsorted(ordered, number)
-    return number, slot, ordered, others.double().reciprocal_().masked_fill_(others == 0, 0.0)
+    return number, slot, ordered, others.double().reciprocal_().nan_to_num_(posinf=0.0)
 
 
 @ops.operator("label_sums", fake=lambda x, number, slot, ordered, weights, group: weights.new_empty(*weights.shape, x.shape[1]))
@@ -150,10 +150,11 @@ def _label_sums(x: Tensor, number: Tensor, slot: Tensor, ordered: Tensor, weight
 
 
 def _add_by_slot_(sums: Tensor, x: Tensor, slot: Tensor, weights: Tensor) -> None:
-    for total, each in zip(sums, weights):
-        for a, k, w in _in_chunks(x, slot, each):
+    for a, k, *each in _in_chunks(x, slot, *weights):
+        a = a.to(sums.dtype)
+        for total, w in zip(sums, each):
             # In a fixed order: on a GPU index_put_ sorts (index_add_ does not), on a CPU it is serial in float64, not in float32.
-            total.index_put_((k,), a.to(total.dtype) * w[:, None], accumulate=True)
+            total.index_put_((k,), a * w[:, None], accumulate=True)
 
 
 @ops.operator("label_products", fake=lambda x, sums, slot: x.new_empty(x.shape[0], dtype=torch.float64))

@@ -157,13 +157,13 @@ class Sigmoid:
 
 
 class Needs(NamedTuple):
-    """Which gradients `grad` is asked for."""
+    """Which gradients `grad` is asked for: in the order of the tensors of an autograd function."""
 
     x: bool = False  # of a triangular problem all of it
     y: bool = False
+    scale: bool = False
     row_bias: bool = False
     col_bias: bool = False
-    scale: bool = False
 
 
 @dataclass(frozen=True)

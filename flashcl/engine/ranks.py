@@ -172,10 +172,10 @@ class Ranks:
         text = json.dumps([same, counts]).encode()
         if len(text) > MESSAGE:  # ranks could not follow each other any more
             raise RuntimeError(f"flashcl: {len(text)} bytes to agree on, of which {MESSAGE} are sent: {text!r}")
-        mine = torch.tensor(list(text.ljust(MESSAGE)), dtype=torch.uint8, device=self.device)
-        said = self.all_gather(mine, what="what each rank brings").view(self.size, -1).cpu()
+        mine = torch.frombuffer(bytearray(text.ljust(MESSAGE)), dtype=torch.uint8).to(self.device)
+        said = self.all_gather(mine, what="what each rank brings").view(self.size, -1).cpu().numpy()
         try:
-            return [json.loads(bytes(row.tolist())) for row in said]
+            return [json.loads(row.tobytes()) for row in said]
         except ValueError:
             raise RuntimeError(
                 f"flashcl: in {self.what} rank {self.rank} met another collective operation than its own: "

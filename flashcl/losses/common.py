@@ -78,7 +78,7 @@ def from_negatives(neg: Tensor, pos: Tensor) -> Tensor:
     return F.softplus(torch.add(neg - pos, largest, alpha=0.0), threshold=50.0)
 
 
-def reduce(loss: Tensor, reduction: str, x: Tensor, group: Group | None, count: Tensor | int | None = None) -> Tensor:
+def reduce(loss: Tensor, reduction: str, x: Tensor, group: Group | None, count: Tensor | None = None) -> Tensor:
     """The reduced loss, in the dtype of results for embeddings like x.
 
     loss, float64: (N,) one for each row; (C, N) of which the mean over C is that of a row (rows and columns of InfoNCE); ()
@@ -87,17 +87,14 @@ def reduce(loss: Tensor, reduction: str, x: Tensor, group: Group | None, count: 
     kinds = loss.shape[0] if loss.dim() == 2 else 1
     if reduction == "none":
         return to_statistic_dtype(loss if kinds == 1 else loss.mean(0), x)
+    if reduction == "mean" and group is None:  # in few operations: each is a launch, forward and backward
+        if count is None:
+            return to_statistic_dtype(loss.mean() if loss.dim() else loss / x.shape[0], x)
+        return to_statistic_dtype(loss.sum() / count.clamp(min=1), x)
     loss = loss.sum() if loss.dim() else loss
-    count = x.shape[0] if count is None else count
-    if reduction == "mean" and group is None:
-        # Divided once: each operation is a launch, forward and backward.
-        return to_statistic_dtype(loss / (kinds * _at_least_one(count)), x)
     loss = loss if kinds == 1 else loss / kinds
+    count = x.shape[0] if count is None else count
     return to_statistic_dtype(loss if reduction == "sum" else _mean_over_ranks(loss, count, group), x)
-
-
-def _at_least_one(count: Tensor | int) -> Tensor | int:
-    return count.clamp(min=1) if isinstance(count, Tensor) else count
 
 
 def _mean_over_ranks(own: Tensor, count: Tensor | int, group: Group) -> Tensor:
