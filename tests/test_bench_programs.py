@@ -100,13 +100,15 @@ def test_no_results_is_an_error(plots, tmp_path, capsys):
 # ---- the time of the host
 
 
-def test_host_time_without_a_gpu():
-    pytest.importorskip("triton")
-    command = [sys.executable, ROOT / "bench/host.py", "--stub", "--repeats", "5"]
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_host_time_without_a_gpu(backend):
+    pytest.importorskip("triton" if backend == "triton" else "flashcl._C", reason=f"backend {backend} is not here")
+    command = [sys.executable, ROOT / "bench/host.py", "--stub", "--backend", backend, "--repeats", "5"]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    times = [line.rsplit(maxsplit=2)[1:] for line in done.stdout.splitlines()[1:]]
-    assert len(times) == 5 and all(0 < float(v) < 1e3 for row in times for v in row), done.stdout
+    title, *rows = done.stdout.splitlines()
+    times = [row.rsplit(maxsplit=2)[1:] for row in rows]
+    assert f"({backend} on cpu" in title and len(times) == 5 and all(0 < float(v) < 1e3 for row in times for v in row), done.stdout
 
 
 # ---- epilogues
