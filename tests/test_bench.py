@@ -237,6 +237,15 @@ def test_flashcl_and_dense_are_right(offered, loss, dtype):
     assert [row.status for row in rows.values()] == ["ok", "ok"]
 
 
+def test_both_ways_is_the_mean():
+    def one(x, y, scale):
+        return torch.nn.functional.cross_entropy(scale * x @ y.T, torch.arange(len(x)))
+
+    x, y, s = SMALL.inputs(CPU).tensors.values()
+    torch.testing.assert_close(providers._both_ways(SMALL, one)(x, y, s), right(x, y, s))
+    assert providers._both_ways(replace(SMALL, loss="info_nce one-way"), one) is one
+
+
 # ---- what goes wrong is a result
 
 

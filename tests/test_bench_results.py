@@ -16,9 +16,9 @@ import torch
 from measured import ENVIRONMENT, ROWS, one_commit  # noqa: F401  fixtures
 
 from flashcl.cli import main
-from flashcl.cli.bench import machine, measure
+from flashcl.cli.bench import machine, measure, results
 from flashcl.cli.bench.results import BadFile, Results
-from flashcl.cli.bench.suites import MODES, Workload
+from flashcl.cli.bench.suites import MODES, Workload, grid
 
 
 def test_results_come_back_as_they_were(tmp_path):
@@ -225,3 +225,44 @@ def test_the_command_as_a_user_runs_it(tmp_path):
         assert row.ms_20 <= row.ms <= row.ms_80 and row.runs >= measure.FEWEST and row.error < 1e-5
         assert row.floor_ms == pytest.approx(row.work.flops(row.mode) / row.matrix_tflops / 1e9)
         assert 16 < row.extra_mib < 512  # S has 16 MiB, the gradients 128 KiB
+
+
+def test_the_table_has_its_numbers_in_their_columns():
+    row = replace(ROWS[0], ms=12.5, ms_20=11.25, ms_80=14.5, tflops=0.25, matrix_tflops=2.0, floor_ms=5.0)
+    row.extra_mib, row.error = 1536.0, 2e-6
+    _, _, line, note = results.show([row]).splitlines()
+    assert line.split() == "dense full 12.5 11.25 14.5 0.25 12% 2.50 1.5 GiB 2e-06".split()
+    assert note == "matrix rate 2 TFLOP/s; error against float64"
+    assert "dense: no grad logit_scale" in results.show([replace(row, note="no grad logit_scale")])
+
+
+def test_what_a_comparison_says():
+    def text(was, now):
+        (change,) = results.compare(Results(ENVIRONMENT, [now]), Results(ENVIRONMENT, [was]))
+        return change.text, change.regression
+
+    was = replace(ROWS[0], ms=2.0, ms_20=1.9, ms_80=2.1, extra_mib=100.0)
+    slow = replace(was, ms=3.0, ms_20=2.9, ms_80=3.1)
+    assert text(was, slow) == ("info_nce 64 x 16 float32 dense full: 2 -> 3 ms (x 1.50), 100 -> 100 MiB SLOWER", True)
+    assert text(was, replace(was, extra_mib=200.0))[0].endswith("ms (x 1.00), 100 -> 200 MiB MORE MEMORY")
+    assert text(ROWS[2], replace(ROWS[2], status="ok", ms=1.0)) == ("info_nce 128 x 16 float32 dense full: oom -> ok", False)
+    assert text(ROWS[2], replace(ROWS[2], status="failed"))[1] is False
+
+
+def test_an_error_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "r.json"
+    Results(ENVIRONMENT, ROWS).save(path)
+    before = path.read_text()
+    def full(self, text, **how):
+        Path.write_bytes(self, text.encode()[:10])
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError):
+        Results(ENVIRONMENT, ROWS[:1]).save(path)
+    assert path.read_text() == before
+
+
+def test_small_workloads_come_first():
+    works = grid(("info_nce", "siglip"), (64, 128), (8,), ("float32",))
+    assert [(w.n, w.loss) for w in works] == [(64, "info_nce"), (64, "siglip"), (128, "info_nce"), (128, "siglip")]

@@ -11,7 +11,9 @@ import torch
 
 import flashcl
 from flashcl import contract
-from flashcl.cli import check as check_command, main
+from flashcl.cli import check as check_command, info, main
+from flashcl.dtypes import DTYPES
+from flashcl.engine import dispatch
 
 FLASHCL = Path(sys.executable).with_name("flashcl")
 
@@ -28,6 +30,13 @@ def test_info_says_what_is_here_and_why_not():
     if not torch.cuda.is_available():
         assert re.search(r"^triton +not usable: .+cpu", done.stdout, re.M)
         assert re.search(r"^auto +torch$", done.stdout, re.M)
+
+
+def test_info_has_a_line_for_each_part(monkeypatch):
+    names = [name for name, _ in info.report()]
+    assert names == ["flashcl", "python", "torch", "triton", "extension", "device", *dispatch.BACKENDS, "auto"]
+    monkeypatch.setattr(info.dispatch, "choose", lambda name, x: "cuda" if x.dtype.itemsize == 2 else "triton")
+    assert info.report()[-1] == ("auto", "float64: triton, float32: triton, bfloat16: cuda, float16: cuda")
 
 
 def test_check_passes_on_this_machine():
@@ -94,6 +103,27 @@ def test_check_fails_where_a_loss_is_wrong(monkeypatch, capsys, nt_xent, reasons
         assert {row[2] for (loss, _), row in table.items() if loss == "nt_xent"} == {"FAILED"}
 
 
+def test_check_goes_over_all_backends_and_one_failure_is_enough(monkeypatch, capsys):
+    """Without --backend. A backend that serves only some dtypes is usable; the last of several may be right."""
+    serves = {"cuda": set(), "triton": {torch.float32, torch.bfloat16}, "torch": set(DTYPES)}
+    monkeypatch.setattr(dispatch, "unusable", lambda name, _, dtype: None if dtype in serves[name] else f"no {dtype}")
+    monkeypatch.setattr(contract, "LOSSES", ("nt_xent",))
+    monkeypatch.setattr(check_command, "CASES", {"init": dict(regime="init", n=7, d=4)})
+    real = flashcl.nt_xent
+
+    def nt_xent(*args, backend, **options):
+        return real(*args, backend="torch", **options) * (1.01 if backend == "triton" else 1.0)
+
+    monkeypatch.setattr(flashcl, "nt_xent", nt_xent)
+    assert main(["check"]) == 1
+    out = capsys.readouterr().out
+    found = re.findall(r"^nt_xent +(\w+) +(\w+) +\S+ +\S+ +(ok|FAILED)$", out, re.M)
+    right, wrong = [(str(d)[6:], "torch", "ok") for d in DTYPES], [(d, "triton", "FAILED") for d in ("float32", "bfloat16")]
+    assert sorted(found) == sorted(right + wrong)
+    assert "cuda is not usable: no torch.bfloat16" in out and out.endswith("2 FAILED\n")
+    assert main(["check", "--backend", "triton"]) == 1
+
+
 def test_the_error_that_check_prints_is_the_worst(monkeypatch, capsys):
     """Of all regimes, values and gradients: one regime is wrong, and there every value is right. The truth has more digits
     than float64: dense PyTorch in float64 has an error, too."""
@@ -144,8 +174,20 @@ def test_the_commands_without_a_script():
 
 
 def test_a_closed_pipe_is_no_error():
-    done = subprocess.run(f"{FLASHCL} info | true", shell=True, capture_output=True, text=True)
-    assert "Traceback" not in done.stderr
+    """Whoever reads has gone before anything is written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | dict(TRITON_INTERPRET="0")  # whose interpreter warns
+    done = subprocess.run([FLASHCL, "info"], stdout=writing, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interrupt_of_any_command(monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "report", interrupted)
+    assert main(["info"]) == 130
 
 
 def test_without_docstrings_and_with_stdout_closed():

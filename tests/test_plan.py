@@ -85,8 +85,48 @@ ARGUMENTS = ["plan", "--batch", "4M", "--dim", "1024", "--gpus", "256", "--inter
 def test_the_command(capsys):
     assert main([*ARGUMENTS, "--gpu", "h200"]) == 0
     out = capsys.readouterr().out
-    for words in ("16,384 lines each", "gather", "ring", "largest batch", "auto takes this strategy", "published peak", "A model, not a measurement"):
-        assert words in out
+    assert "16,384 lines each" in out and "published peak" in out and "A model, not a measurement" in out
+    assert "gather" in out and "ring" in out and "largest batch" in out and "auto takes this strategy" in out
+
+
+# ---- what it prints ------------------------------------------------------------------------------------------------------
+
+
+def lines_of(capsys, command):
+    assert main(["plan", *command.split()]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batch, taken", [("64k", "ring"), ("4k", "gather")])
+def test_the_table_is_that_of_the_plan(capsys, batch, taken):
+    """Milliseconds, MB, GB, what is exposed, the largest batch; on the default GPU, whose numbers are NVIDIA's."""
+    out = lines_of(capsys, f"--batch {batch} --dim 1024 --gpus 8 --interconnect 16Gb")
+    plan = Plan("info_nce", int(batch[:-1]) * 1024, 1024, 8)
+    assert "matrix rate 989 TFLOP/s: the published peak of the H200" in out and "interconnect 2.0 GB/s per rank" in out
+    shown = {}
+    for strategy in ("gather", "ring"):
+        for walk in plan.walks(strategy):
+            compute, sending = 1e3 * walk.flops / 989e12, 1e3 * walk.bytes / 2e9
+            numbers = f"{compute:.2f} {walk.bytes / 1e6:.1f} {sending:.2f} {max(0.0, sending - compute):.2f}"
+            assert re.search(rf"^{strategy} +{walk.name} +{numbers.replace(' ', ' +')}$", out, re.M), numbers
+        held, largest = plan.memory(strategy), plan.largest_batch(strategy, 141e9)
+        end = f"memory of the loss and its inputs {held / 1e9:.2f} of 141 GB; largest batch that fits {largest:,}"
+        (shown[strategy],) = [line for line in out.splitlines() if end in line]
+    assert ["auto takes this strategy" in shown[name] for name in ("gather", "ring")] == [taken == "gather", taken == "ring"]
+
+
+def test_a_pair_for_each_rank_is_enough(capsys):
+    assert "batch 8 over 8 ranks, 1 lines each" in lines_of(capsys, "--batch 8 --dim 64 --gpus 8 --interconnect 1GB")
+
+
+def test_the_rate_is_that_of_the_nearest_width_and_the_fastest(tmp_path, capsys):
+    row = Row("info_nce", 65536, 1024, "bfloat16", "full", "flashcl-triton", "ok", tflops=500.0)
+    rows = [replace(row, provider="flashcl-torch", tflops=5.0), row, replace(row, d=256, tflops=100.0)]
+    rows.append(replace(row, provider="flashcl-cuda", status="oom", tflops=None))
+    Results(dict(device="a GPU"), rows).save(tmp_path / "r.json")
+    for dim, tflops in ((900, 500), (300, 100)):
+        out = lines_of(capsys, f"--batch 4k --dim {dim} --gpus 2 --interconnect 1GB --calibrate {tmp_path / 'r.json'}")
+        assert f"matrix rate {tflops} TFLOP/s: measured" in out
 
 
 def test_ranks_that_hold_different_numbers(capsys):

@@ -1,6 +1,5 @@
 """For test_distributed.py and test_nccl.py: the losses of a world are as good as those of one process."""
 
-import torch
 import torch.distributed as dist
 from calls import BF16, DOUBLE, REDUCED, SINGLE
 from world import D, difference, in_the_world, world_group
