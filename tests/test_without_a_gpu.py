@@ -2,7 +2,7 @@
 
 Meta tensors, which have no memory, stand in for those of a GPU. They show no value (`.item()`, an index by a mask), and no
 operation may mix devices or leave a tensor on the CPU: what would be an error or a synchronisation there fails here.
-Kernels are not launched.
+Kernels are not launched. Over ranks the host waits for what they say to each other, and for nothing else.
 """
 
 import contextlib
@@ -10,6 +10,7 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +24,7 @@ from triton.runtime import interpreter
 
 import flashcl
 from flashcl.backends import cuda, triton
-from flashcl.engine import dispatch
+from flashcl.engine import dispatch, distributed, ranks
 from flashcl.triton_kernels import grad as grad_kernels, rows as row_kernels, sweep as sweep_kernels
 
 
@@ -99,3 +100,49 @@ def test_a_step_stays_on_the_device(backend, loss, dtype, n, d, launched):
         LOSSES[loss](x, y, backend=backend).sum().backward()
     assert x.grad.shape == y.grad.shape == (n, d)
     assert len(launched) >= 4 if backend != "torch" else not launched
+
+
+
+class OneOfThree(dist.ProcessGroup):
+    group_name = "ranks without a GPU"
+
+    def __init__(self):
+        super().__init__(1, 3)
+        self.asked = []  # names of the collectives
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """Ranks of which only this one is there: what it says, all say; what it sends is looked at."""
+    group = OneOfThree()
+    monkeypatch.setattr(dist.distributed_c10d, "_resolve_process_group", {group.group_name: group}.get)
+
+    def collective(name, result):
+        def looked_at(self, *args, **options):
+            check(name, [args, options])
+            group.asked.append(name)
+            return result(*args)
+
+        monkeypatch.setattr(ranks.Ranks, name, looked_at)
+
+    sent = types.SimpleNamespace(wait=lambda: None)
+    for name in ("start_all_gather", "start_reduce_scatter", "start_exchange"):
+        collective(name, lambda *_: sent)
+    collective("_reduce_", lambda x, op: x)
+    monkeypatch.setattr(ranks.Ranks, "_say", lambda self, same, counts: [[same, counts]] * self.size)
+    for module in (ranks, distributed):
+        monkeypatch.setattr(module, "exactly", lambda v: "1.0")
+    return group
+
+
+@pytest.mark.parametrize("strategy", ["ring", "gather"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_a_step_over_ranks_stays_on_the_device(backend, loss, strategy, launched, group):
+    x, y = leaf(40, 24, dtype=torch.bfloat16), leaf(40, 24, dtype=torch.bfloat16)
+    over = flashcl.Group(group, strategy=strategy, chunk_bytes=3000)  # several of them
+    with OnTheDevice():
+        LOSSES[loss](x, y, backend=backend, group=over).sum().backward()
+    assert x.grad.shape == y.grad.shape == (40, 24)
+    assert len(launched) >= 6 if backend != "torch" else not launched
+    assert {"ring": "start_exchange", "gather": "start_reduce_scatter"}[strategy] in group.asked
