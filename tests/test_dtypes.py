@@ -62,6 +62,20 @@ def test_autocast(backend, loss):
         assert v.numel() == 1 or not name.startswith("grad") or not torch.equal(v, v.to(BF16).float())
 
 
+@pytest.mark.parametrize("loss", LOSSES)
+def test_autocast_of_the_other_16_bits(backend, loss):
+    """float16 embeddings inside autocast of bfloat16 are computed on as that; gradients come back in float16."""
+    c = case(loss, "init", n=21).to(torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = evaluate(through(c, backend), c)
+    for name, v in evaluate(through(c, backend), c.to(BF16)).items():
+        if not name.startswith("grad"):
+            torch.testing.assert_close(got[name], v, rtol=0, atol=0)
+        elif v.dtype == BF16:
+            assert got[name].dtype == torch.float16
+            torch.testing.assert_close(got[name].to(BF16), v, rtol=2**-7, atol=1e-6)  # rounded twice
+
+
 def test_autocast_of_towers_of_two_dtypes(backend):
     """A tower under autocast beside cached float32 embeddings: both are cast, as x @ y.T would cast them."""
     x, y = (v.float() for v in case("info_nce", "init").tensors.values() if v.dim() == 2)

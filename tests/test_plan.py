@@ -23,7 +23,7 @@ def test_info_nce_by_hand():
     assert forward.rows == backward.rows == 3 * 1024 * 256 * 2 and forward.gradients == 0
     assert backward.gradients == 3 * 1024 * 256 * 4
     # ids; then, by all-reduces of 2 * 3 / 4 of their size: the log-sum-exps, and how many rows and ranks there are
-    assert forward.vectors == 2 * MESSAGES + 3 * 1024 * 4 + 1.5 * 4096 * (4 + 8) + 1.5 * 16
+    assert forward.vectors == MESSAGES + 3 * 1024 * 4 + 1.5 * 4096 * (4 + 8) + 1.5 * 16
     # ids; weight and top of the columns; the mean product of the positives
     assert backward.vectors == 2 * MESSAGES + 3 * 1024 * 4 + 3 * 1024 * 8 + 1.5 * 2 * 8
 

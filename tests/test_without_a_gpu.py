@@ -103,6 +103,32 @@ def test_a_step_stays_on_the_device(backend, loss, dtype, n, d, launched):
 
 
 
+@pytest.fixture(params=[False, True])
+def float16_sums(request):
+    """Whether cuBLAS may accumulate products of float16 in float16."""
+    before = torch.backends.cuda.matmul.allow_fp16_accumulation
+    torch.backends.cuda.matmul.allow_fp16_accumulation = request.param
+    yield request.param
+    torch.backends.cuda.matmul.allow_fp16_accumulation = before
+
+
+@pytest.mark.parametrize("backend", dispatch.BACKENDS)
+def test_wide_products_of_float16_are_asked_for_where_pytorch_has_them(backend, float16_sums, launched):
+    """Where it has none the operands are widened."""
+    wide = []
+
+    class Products(OnTheDevice):
+        def __torch_dispatch__(self, operator, *args):
+            if operator in (torch.ops.aten.mm.dtype_out, torch.ops.aten.addmm.dtype_out):
+                wide.append(operator)
+            return super().__torch_dispatch__(operator, *args)
+
+    x, y = (leaf(40, 24, dtype=torch.float16) for _ in range(2))
+    with Products():
+        flashcl.info_nce(x, y, temperature=0.1, backend=backend).backward()
+    assert bool(wide) == (not float16_sums)
+
+
 class OneOfThree(dist.ProcessGroup):
     group_name = "ranks without a GPU"
 
@@ -129,7 +155,7 @@ def group(monkeypatch):
     for name in ("start_all_gather", "start_reduce_scatter", "start_exchange"):
         collective(name, lambda *_: sent)
     collective("_reduce_", lambda x, op: x)
-    monkeypatch.setattr(ranks.Ranks, "_say", lambda self, same, counts: [[same, counts]] * self.size)
+    monkeypatch.setattr(ranks.Ranks, "_say", lambda self, same, counts: group.asked.append("say") or [[same, counts]] * self.size)
     for module in (ranks, distributed):
         monkeypatch.setattr(module, "exactly", lambda v: "1.0")
     return group
@@ -146,3 +172,6 @@ def test_a_step_over_ranks_stays_on_the_device(backend, loss, strategy, launched
     assert x.grad.shape == y.grad.shape == (40, 24)
     assert len(launched) >= 6 if backend != "torch" else not launched
     assert {"ring": "start_exchange", "gather": "start_reduce_scatter"}[strategy] in group.asked
+    # What the host waits for (docs/distributed.md; there sup_con has one more, of a learnable scale).
+    waits = group.asked.count("say")
+    assert waits == {"info_nce": 3, "siglip": 2, "nt_xent": 3, "sup_con": 5}.get(loss, waits)

@@ -7,11 +7,17 @@ from torch import Tensor
 _WIDE_OUTPUT = hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
+def _wide_output(a: Tensor, out: Tensor) -> bool:
+    # PyTorch refuses it for float16 where the user lets cuBLAS accumulate in float16.
+    narrow_sums = a.dtype == torch.float16 and torch.backends.cuda.matmul.allow_fp16_accumulation
+    return out.is_cuda and _WIDE_OUTPUT and not narrow_sums
+
+
 def mm(a: Tensor, b: Tensor, *, out: Tensor) -> None:
     """out (R, C) = a (R, K) @ b (K, C). `out` may be wider than a and b: float32 for 16-bit operands."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
-    elif out.is_cuda and _WIDE_OUTPUT:
+    elif _wide_output(a, out):
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
@@ -26,7 +32,7 @@ def addmm_(acc: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
         mm(a, b, out=acc)
     elif a.dtype == acc.dtype:
         acc.addmm_(a, b)
-    elif acc.is_cuda and _WIDE_OUTPUT:
+    elif _wide_output(a, acc):
         torch.addmm(acc, a, b, out_dtype=acc.dtype, out=acc)
     else:
         acc.addmm_(a.to(acc.dtype), b.to(acc.dtype))

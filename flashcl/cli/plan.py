@@ -119,7 +119,7 @@ class Plan:
 
     def walks(self, strategy: str) -> list[Walk]:
         total, k = self.lines * self.ranks, self.classes
-        mean = self.meeting() + self.all_reduce(2 * 8)  # rows and ranks, for the mean of the loss
+        mean = self.all_reduce(2 * 8)  # rows and ranks, for the mean of the loss
         if self.loss == "siglip":
             agree = self.meeting()  # on the upstream gradient
             vectors = self.meeting() + self.program_vectors(False) + mean + agree

@@ -299,9 +299,13 @@ def agree_on(v: Tensor, what: str, group: str) -> Tensor:
     return v
 
 
-def sum_over_ranks(v: Tensor, group: str) -> Tensor:
-    """v, a few numbers, summed over the ranks; v itself without a group."""
+def sum_over_ranks(v: Tensor, group: str, *, met: bool = False) -> Tensor:
+    """v, a few numbers, summed over the ranks; v itself without a group.
+
+    met: the ranks have just been in another operation of the same loss, so that they agree: the host does not wait.
+    """
     if not group:
         return v
-    ranks = Ranks.meet(group, v.device, "a sum over ranks", {"shape": list(v.shape)})
+    what = "a sum over ranks"
+    ranks = Ranks(group, v.device, what) if met else Ranks.meet(group, v.device, what, {"shape": list(v.shape)})
     return ranks.sum_(v.clone())

@@ -101,11 +101,11 @@ def _mean_over_ranks(own: Tensor, count: Tensor | int, group: Group) -> Tensor:
     """What a rank returns as its mean: `Group` says what that is in each convention."""
     name = group.encode()
     one = torch.ones_like(own.detach())
-    count, ranks = distributed.sum_over_ranks(torch.stack([one * count, one]), name).unbind()
+    count, ranks = distributed.sum_over_ranks(torch.stack([one * count, one]), name, met=True).unbind()
     own = own * (ranks / count.clamp(min=1))
     if not group.rules.global_mean:
         return own
-    value = distributed.sum_over_ranks(own.detach().reshape(1), name)[0]  # W times the global mean
+    value = distributed.sum_over_ranks(own.detach().reshape(1), name, met=True)[0]  # W times the global mean
     if not group.rules.scalars_times_ranks:
         value = value / ranks
     return own + (value - own.detach())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -49,7 +51,8 @@ def nt_xent(
     group = Group.of(group, reduction)
     scale = parameter(checks.inverse_temperature(temperature, z1), group)
     how, views = prepare(z1, z2, normalize=normalize, backend=backend, group=group, reduction=reduction)
-    wider = torch.promote_types(*(v.dtype for v in views))  # inside autocast they may differ
+    # Inside autocast the views may differ, and torch.cat takes no float16 where autocast is of bfloat16, nor the reverse.
+    wider = functools.reduce(torch.promote_types, [v.dtype for v in views], how.dtype)
     z = torch.cat([v.to(wider) for v in views])
 
     # Ids are equal for the anchor itself and for its positive: neither is a negative.
