@@ -1,10 +1,14 @@
 """Losses over ranks by NCCL, on a GPU for each rank. With one GPU only what a rank says to itself goes through NCCL."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
-from world import counts_of, run_world
-from world_contract import contract_cases, holds
+from world import run_world
+from world_contract import on_gpus, wrong
+
+from flashcl.contract import LOSSES
 
 pytestmark = [
     pytest.mark.gpu,
@@ -12,14 +16,9 @@ pytestmark = [
 ]
 
 
-def everything(rank, world) -> dict[str, list[str]]:
-    return {name: holds(loss, counts_of(kind, world), device="cuda", **how) for name, loss, kind, how in contract_cases()}
-
-
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_contract(world):
+def test_contract(world, loss):
     if torch.cuda.device_count() < world:
         pytest.skip(f"needs {world} GPUs, there are {torch.cuda.device_count()}")
-    said = run_world(world, everything, backend="nccl")
-    wrong = {f"rank {rank}: {name}": messages for rank, of_rank in enumerate(said) for name, messages in of_rank.items()}
-    assert {name: messages for name, messages in wrong.items() if messages} == {}
+    assert wrong(run_world(world, functools.partial(on_gpus, loss=loss), backend="nccl")) == {}

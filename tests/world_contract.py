@@ -1,17 +1,19 @@
 """For test_distributed.py and test_nccl.py: the losses of a world are as good as those of one process."""
 
+import functools
+
 import torch.distributed as dist
 from calls import BF16, DOUBLE, REDUCED, SINGLE
-from world import D, difference, in_the_world, world_group
+from world import D, counts_of, difference, in_the_world, world_group
 
 import flashcl
 from flashcl.contract import LOSSES, case, evaluate, violations
 
 
-def holds(loss, counts, *, dtype, strategy, regime="init", device="cpu", **options) -> list[str]:
+def holds(loss, counts, *, dtype, strategy, regime="init", device="cpu", backend="auto", **options) -> list[str]:
     """Float64 to 1e-10 of the dense formula, other dtypes by the contract."""
     c = case(loss, regime, n=sum(counts), d=D, **options)
-    function = in_the_world(getattr(flashcl, c.function), counts, world_group(strategy))
+    function = in_the_world(functools.partial(getattr(flashcl, c.function), backend=backend), counts, world_group(strategy))
     if dtype != DOUBLE and dist.get_rank() == 0:
         return [str(finding) for finding in violations(c, dtype, device=device, function=function)]
     got = evaluate(function, c.to(dtype, device))
@@ -34,3 +36,14 @@ def contract_cases():
         if loss in REDUCED:
             for reduction in ("none", "sum"):
                 yield f"{loss}-{reduction}", loss, "uneven", ring | dict(dtype=DOUBLE, reduction=reduction)
+
+
+def on_gpus(rank, world, *, loss) -> dict[str, list[str]]:
+    """All cases of a loss, by name."""
+    cases = [(name, kind, how) for name, of, kind, how in contract_cases() if of == loss]
+    return {name: holds(loss, counts_of(kind, world), device="cuda", **how) for name, kind, how in cases}
+
+
+def wrong(said: list[dict[str, list[str]]]) -> dict[str, list[str]]:
+    """What the ranks have found, where they have found anything."""
+    return {f"rank {rank}: {name}": found for rank, of_rank in enumerate(said) for name, found in of_rank.items() if found}

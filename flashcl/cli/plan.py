@@ -11,8 +11,8 @@ Per rank, with W ranks, n = batch / W rows each (rounded up; NT-Xent: 2 n lines)
 
 An all-gather sends (W - 1) times what a rank brings, a reduce-scatter (W - 1) times what a rank gets, an all-reduce
 2 (W - 1) / W times its size: the volumes of the usual ring algorithms, mean over the ranks. Communication hides behind
-the tiles of the walk that it belongs to; what is longer than them is exposed. Latency, stragglers and the encoders are
-left out.
+the tiles of the walk that it belongs to; what is longer than them is exposed. (Kernels that occupy a whole GPU leave NCCL
+less room than that: docs/distributed.md.) Latency, stragglers and the encoders are left out.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def run(args) -> int:
     of_a_rank = f"{plan.lines:,} lines {each}, D = {args.dim}, {args.dtype}"
     print(f"{args.loss}, batch {args.batch:,} over {args.gpus} rank{'s' * (args.gpus > 1)}, {of_a_rank}")
     print(f"matrix rate {peak / 1e12:.4g} TFLOP/s: {where}")
-    print(f"interconnect {args.interconnect / 1e9:.1f} GB/s per rank, one way. A model, not a measurement.\n")
+    print(f"interconnect {args.interconnect / 1e9:.1f} GB/s per rank, one way, behind the tiles. A model, not a measurement.\n")
     header = f"{'strategy':<10}{'walk':<22}{'compute ms':>12}{'sent MB':>12}{'comm ms':>10}{'exposed ms':>12}"
     print(header)
     line_bytes = args.dim * plan.itemsize

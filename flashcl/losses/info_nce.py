@@ -40,7 +40,7 @@ def info_nce(
     Gradients: x, y, temperature or logit_scale.
     Cost: memory O((N + M) D) and a bounded workspace, never N x M; 8 N M D FLOPs forward and backward.
     Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
-        disagree or one does not answer; NotImplementedError for second derivatives.
+        disagree or, over gloo, one does not answer; NotImplementedError for second derivatives.
     Accuracy: the contract of flashcl.contract (README, "Accuracy"). The positive stays out of the tiles, so that a converged pair
         loses no digits.
     Source: van den Oord et al. 2018, eq. 4; Radford et al. 2021, figure 3.

@@ -41,7 +41,7 @@ def nt_xent(
     Cost: memory O(N D) and a bounded workspace; 16 N^2 D FLOPs forward and backward: S is symmetric, half of its tiles
         are computed.
     Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
-        disagree or one does not answer; NotImplementedError for second derivatives.
+        disagree or, over gloo, one does not answer; NotImplementedError for second derivatives.
     Accuracy: the contract of flashcl.contract (README, "Accuracy").
     Source: Chen et al. 2020, eq. 1 (there with normalize=True).
     """

@@ -40,7 +40,7 @@ def siglip(
     Cost: memory O(N D) and a bounded workspace; 6 N^2 D FLOPs forward and backward, as gradients are made in
         the forward pass (8 N^2 D with reduction "none").
     Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
-        disagree or one does not answer; NotImplementedError for second derivatives.
+        disagree or, over gloo, one does not answer; NotImplementedError for second derivatives.
     Accuracy: the contract of flashcl.contract (README, "Accuracy").
     Source: Zhai et al. 2023, algorithm 1.
     """

@@ -62,7 +62,7 @@ def similarity_logsumexp(
     Gradients: x, y, logit_scale, row_bias, col_bias.
     Cost: memory O((N + M) D) and a bounded workspace; 8 N M D FLOPs forward and backward.
     Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
-        disagree or one does not answer; NotImplementedError for second derivatives.
+        disagree or, over gloo, one does not answer; NotImplementedError for second derivatives.
     Accuracy: the contract of flashcl.contract (README, "Accuracy").
     """
     checks.embeddings(group, x=x, y=y)

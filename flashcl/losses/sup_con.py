@@ -39,7 +39,7 @@ def sup_con(
     Cost: memory O(N D) and a bounded workspace; 4 N^2 D FLOPs forward and backward: S is symmetric, half of its tiles
         are computed.
     Raises: ValueError or TypeError naming the argument; RuntimeError if the backend cannot serve it, and on every rank if ranks
-        disagree or one does not answer; NotImplementedError for second derivatives.
+        disagree or, over gloo, one does not answer; NotImplementedError for second derivatives.
     Accuracy: the contract of flashcl.contract (README, "Accuracy"). l_i = softplus(negatives - positives) + the spread of the
         positives, log sum_p exp(s_ip) - mean_p s_ip, which keeps the digits of a converged anchor.
     Source: Khosla et al. 2020, eq. 2.
