@@ -253,6 +253,7 @@ def test_an_error_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "r.json"
     Results(ENVIRONMENT, ROWS).save(path)
     before = path.read_text()
+
     def full(self, text, **how):
         Path.write_bytes(self, text.encode()[:10])
         raise OSError("no space left")

@@ -34,6 +34,7 @@ class Transfer:
 
 
 def talk_by_way_of_the_host() -> None:
+    """Also where tensors are of the CPU: there it is tested without a GPU."""
     all_gather, reduce_scatter, exchange, reduce = (
         Ranks.start_all_gather, Ranks.start_reduce_scatter, Ranks.start_exchange, Ranks._reduce_
     )  # fmt: skip
@@ -60,9 +61,6 @@ def talk_by_way_of_the_host() -> None:
 
 
 def triton_holds(rank, world) -> dict[str, list[str]]:
-    import interpreter
-
-    interpreter.install()
     return holds_on_a_cpu("triton", world, [SINGLE, BF16])
 
 

@@ -1,4 +1,4 @@
-"""For test_distributed.py and test_nccl.py: the losses of a world are as good as those of one process."""
+"""For test_distributed, test_kernels_over_ranks and test_nccl: the losses of a world are as good as those of one process."""
 
 import functools
 

@@ -128,7 +128,7 @@ def count_sent_bytes() -> Counter:
 
 def measured_bytes(step, sent: Counter) -> tuple[float, float]:
     """What all ranks handed over in one step, and what their sockets received."""
-    step().backward()
+    step().backward()  # the first one may connect ranks
     dist.barrier()
     sent.clear()
     before = received_bytes()

@@ -206,7 +206,8 @@ def run(args) -> int:
     of_a_rank = f"{plan.lines:,} lines {each}, D = {args.dim}, {args.dtype}"
     print(f"{args.loss}, batch {args.batch:,} over {args.gpus} rank{'s' * (args.gpus > 1)}, {of_a_rank}")
     print(f"matrix rate {peak / 1e12:.4g} TFLOP/s: {where}")
-    print(f"interconnect {args.interconnect / 1e9:.1f} GB/s per rank, one way, behind the tiles. A model, not a measurement.\n")
+    print(f"interconnect {args.interconnect / 1e9:.1f} GB/s per rank, one way, as far as possible while tiles are computed.")
+    print("A model, not a measurement.\n")
     header = f"{'strategy':<10}{'walk':<22}{'compute ms':>12}{'sent MB':>12}{'comm ms':>10}{'exposed ms':>12}"
     print(header)
     line_bytes = args.dim * plan.itemsize
