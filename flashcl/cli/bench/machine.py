@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 import flashcl
+from flashcl.backends import onednn
 from flashcl.cli.bench.providers import WRITTEN_FOR
 from flashcl.cli.bench.suites import Workload
 from flashcl.cli.text import describe, version
@@ -94,21 +95,22 @@ class Clock:
 
 
 class Products:
-    """The three products of a chunk as the library of the machine (cuBLAS, MKL) runs them: S = X Y^T, dX = G Y and
-    dY = G^T X, where X and G have CHUNK rows. They take turns with the providers: what slows a round slows both."""
+    """The three products of a chunk as the fastest library of the machine (cuBLAS, MKL, oneDNN) runs them: S = X Y^T, dX = G Y
+    and dY = G^T X, where X and G have CHUNK rows. They take turns with the providers: what slows a round slows both."""
 
     def __init__(self, work: Workload, clock: Clock, device: torch.device):
         rows, n = min(work.n, CHUNK[device.type]), min(work.n, WIDEST[device.type])
         sizes = (rows, work.d), (n, work.d), (rows, n)
         self.x, self.y, self.g = (torch.randn(size, device=device).to(getattr(torch, work.dtype)) for size in sizes)
         self.flops, self.clock = 3 * 2.0 * rows * n * work.d, clock
+        self.multiply = onednn.multiply if onednn.faster(self.x, self.y.T) else torch.matmul
 
     def __call__(self) -> dict[str, tuple]:
         self.clock.cold()
         start = self.clock.mark()
-        self.x @ self.y.T
-        self.g @ self.y
-        self.g.T @ self.x
+        self.multiply(self.x, self.y.T)
+        self.multiply(self.g, self.y)
+        self.multiply(self.g.T, self.x)
         return dict(products=(start, self.clock.mark()))
 
 
