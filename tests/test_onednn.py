@@ -120,16 +120,23 @@ def test_what_is_not_finite_stays_where_it_belongs(taken, value):
     torch.testing.assert_close(out, a @ b, equal_nan=True)
 
 
+def in_one_go(a, b):
+    """Every element summed up from the first product to the last, as oneDNN 3.12 does and that of PyTorch 2.7 does not."""
+    total = torch.zeros(len(a), b.shape[1])
+    for k in range(len(b)):
+        total.addr_(a[:, k], b[k])
+    return total
+
+
 def test_the_sums_are_no_worse_than_those_of_blocks(taken):
-    """oneDNN adds the products of an element one after the other; in one go, 1,536 with a mean lose much more."""
     a, b = torch.randn(100, 1536) + 0.5, torch.randn(1536, 90) + 0.5
     exact = a.double() @ b.double()
 
     def error(v):
         return (v - exact).square().mean().sqrt()
 
-    blocks = sum(p @ q for p, q in zip(a.split(192, 1), b.split(192)))
-    assert error(onednn.product(a, b)) <= 1.5 * error(blocks) < 0.5 * error(onednn.multiply(a, b))
+    blocks = sum(in_one_go(p, q) for p, q in zip(a.split(192, 1), b.split(192)))
+    assert error(onednn.product(a, b)) <= 1.2 * error(blocks) < 0.5 * error(in_one_go(a, b))
 
 
 def test_the_same_bits(taken):
@@ -151,7 +158,7 @@ def test_contract(taken, loss, regime):
 
 @pytest.mark.parametrize("loss, regime", [("nt_xent", "large"), ("sup_con", "converged")])
 def test_the_contract_sees_sums_in_one_go(taken, monkeypatch, loss, regime):
-    monkeypatch.setattr(onednn, "_LONGEST_SUM", 10**9)
+    monkeypatch.setattr(onednn, "product", in_one_go)
     assert violations(case(loss, regime, n=300, d=768), SINGLE, backend="torch")
 
 
