@@ -91,10 +91,18 @@ def results(name: str) -> list[dict]:
     return json.loads((ROOT / "bench/results" / name).read_text())["rows"]
 
 
-@pytest.mark.parametrize("page, sizes", [(README, 2), (BENCHMARKS, 5)], ids=["README", "benchmarks"])
-def test_the_table_of_a_cpu(page, sizes):
-    found = {(r["loss"], r["n"], r["provider"]): r for r in results("bench-cpu.json")}
-    rows = table(page, "| loss | rows | flashcl ms")
+@pytest.mark.parametrize(
+    "page, header, file, sizes",
+    [
+        (README, "| loss | rows | flashcl ms", "bench-cpu.json", 2),
+        (BENCHMARKS, "| loss | rows | flashcl ms", "bench-cpu.json", 5),
+        (BENCHMARKS, "| loss, on Zen 4 | rows | flashcl ms", "bench-cpu-zen4.json", 2),
+    ],
+    ids=["README", "benchmarks", "benchmarks, Zen 4"],
+)
+def test_the_table_of_a_cpu(page, header, file, sizes):
+    found = {(r["loss"], r["n"], r["provider"]): r for r in results(file)}
+    rows = table(page, header)
     assert len(rows) == 4 * sizes
     for loss, n, *cells in rows:
         ours, dense, compiled = (found[loss, int(n.replace(",", "")), k] for k in ("flashcl-torch", "dense", "torch.compile"))
