@@ -5,6 +5,7 @@ import torch
 from measured import script
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from flashcl.backends import onednn
 from flashcl.cli.bench import machine, measure, providers
 from flashcl.cli.bench.suites import LOSSES, MODES, Workload
 
@@ -64,15 +65,20 @@ def test_the_copy_is_read_and_written_and_the_first_do_not_count():
     assert machine.copy_bandwidth(Slow(CPU), CPU) == 2 * 2**28 / 2e-3
 
 
-def test_all_three_products_are_made():
+@pytest.mark.parametrize("library", ["MKL", "oneDNN"])
+def test_all_three_products_are_made(library, monkeypatch):
+    """Each by the library that is the fastest on the CPU."""
+    monkeypatch.setattr(onednn, "_available", lambda: library == "oneDNN")
+    made = {"MKL": torch.ops.aten.mm.default, "oneDNN": torch.ops.mkldnn._linear_pointwise.default}[library]
+
     class Count(TorchDispatchMode):
         flops = 0
 
         def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-            if operator is torch.ops.aten.mm.default:
-                (rows, inner), cols = args[0].shape, args[1].shape[1]
-                self.flops += 2 * rows * inner * cols
-            return operator(*args, **(kwargs or {}))
+            result = operator(*args, **(kwargs or {}))
+            if operator is made:
+                self.flops += 2 * result.numel() * args[0].shape[1]
+            return result
 
     products = machine.Products(Workload("info_nce", 2048, 8, "float32"), machine.Clock(CPU), CPU)
     with Count() as count:
