@@ -26,6 +26,7 @@ def taken(monkeypatch):
 
     monkeypatch.setattr(onednn, "_available", lambda: True)
     monkeypatch.setattr(onednn, "_LEAST_WORK", 1)
+    monkeypatch.setattr(onednn, "_NARROWEST", 1)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watched, raising=False)
     return calls
 
@@ -62,6 +63,9 @@ def test_which_products(monkeypatch):
     monkeypatch.setattr(onednn, "_available", lambda: True)
     a, b = torch.ones(256, 128), torch.ones(128, 128)
     assert onednn.faster(a, b) and not onednn.faster(a[:255], b)
+    long_a, long_b = torch.ones(64, 4096), torch.ones(4096, 64)
+    assert onednn.faster(long_a, long_b) and not onednn.faster(long_a[:63], torch.ones(4096, 99))
+    assert not onednn.faster(torch.ones(99, 4096), long_b[:, :63])
     assert not onednn.faster(a.double(), b.double()) and not onednn.faster(a.bfloat16(), b.bfloat16())
     assert not onednn.faster(a.to("meta"), b.to("meta"))
     with torch.backends.mkldnn.flags(enabled=False):
