@@ -80,10 +80,10 @@ def test_all_three_products_are_made(library, monkeypatch):
                 self.flops += 2 * result.numel() * args[0].shape[1]
             return result
 
-    products = machine.Products(Workload("info_nce", 2048, 8, "float32"), machine.Clock(CPU), CPU)
+    products = machine.Products(Workload("info_nce", 2048, 128, "float32"), machine.Clock(CPU), CPU)
     with Count() as count:
         products()
-    assert count.flops == products.flops == 6 * machine.CHUNK["cpu"] * 2048 * 8
+    assert count.flops == products.flops == 6 * machine.CHUNK["cpu"] * 2048 * 128
 
 
 def test_the_rate_of_products_and_the_number_of_rounds(monkeypatch):

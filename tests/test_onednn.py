@@ -25,8 +25,7 @@ def taken(monkeypatch):
         return OPERATOR(a, weight, *rest)
 
     monkeypatch.setattr(onednn, "_available", lambda: True)
-    monkeypatch.setattr(onednn, "_LEAST_WORK", 1)
-    monkeypatch.setattr(onednn, "_NARROWEST", 1)
+    monkeypatch.setattr(onednn, "_GRAIN", 1)
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watched, raising=False)
     return calls
 
@@ -52,20 +51,27 @@ def test_which_cpus(monkeypatch, fields, zen5, avx, schema):
     monkeypatch.setattr(onednn, "processor", lambda: fields)
     monkeypatch.setattr(onednn, "_SCHEMA", schema)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: avx)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert onednn._available.__wrapped__() == (zen5 and avx == "AVX512" and schema != "another")
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not onednn._available.__wrapped__()
 
 
-def test_a_processor_has_a_name():
+def test_a_processor_has_a_name(monkeypatch):
     assert "model name" in onednn.processor()  # of Linux on x86, where these tests run
+
+    def refuse(path):
+        raise PermissionError(path)
+
+    monkeypatch.setattr(onednn.Path, "read_text", refuse)
+    assert onednn.processor() == {}
 
 
 def test_which_products(monkeypatch):
     monkeypatch.setattr(onednn, "_available", lambda: True)
-    a, b = torch.ones(256, 128), torch.ones(128, 128)
-    assert onednn.faster(a, b) and not onednn.faster(a[:255], b)
-    long_a, long_b = torch.ones(64, 4096), torch.ones(4096, 64)
-    assert onednn.faster(long_a, long_b) and not onednn.faster(long_a[:63], torch.ones(4096, 99))
-    assert not onednn.faster(torch.ones(99, 4096), long_b[:, :63])
+    a, b = torch.ones(128, 129), torch.ones(129, 130)
+    assert onednn.faster(a, b)
+    assert not any(onednn.faster(*narrow) for narrow in ((a[:127], b), (a[:, :127], b[:127]), (a, b[:, :127])))
     assert not onednn.faster(a.double(), b.double()) and not onednn.faster(a.bfloat16(), b.bfloat16())
     assert not onednn.faster(a.to("meta"), b.to("meta"))
     with torch.backends.mkldnn.flags(enabled=False):
@@ -92,8 +98,10 @@ KINDS = ["as made", "transposed", "rows of a wider matrix", "every other column"
 
 @pytest.mark.parametrize("kind_b", KINDS)
 @pytest.mark.parametrize("kind_a", KINDS)
-@pytest.mark.parametrize("r, k, c", [(1, 1, 1), (33, 17, 65), (65, 400, 33), (3, 193, 3)])
-def test_products(taken, kind_a, kind_b, r, k, c):
+@pytest.mark.parametrize("r, k, c", [(1, 1, 1), (33, 17, 65), (65, 400, 33), (3, 193, 3), (32, 64, 48)])
+@pytest.mark.parametrize("grain", [1, 16])
+def test_products(taken, monkeypatch, grain, kind_a, kind_b, r, k, c):
+    monkeypatch.setattr(onednn, "_GRAIN", grain)
     a, b = strided(kind_a, r, k), strided(kind_b, k, c)
     exact = a.double() @ b.double()
     out, acc = torch.full((r, c), torch.nan), torch.ones(r, c)
@@ -104,7 +112,16 @@ def test_products(taken, kind_a, kind_b, r, k, c):
     gemm.addmm_(out, a, b, first=True)
     assert ((out - exact).abs() <= bound).all()
     # With other strides the operator is right, and 500 times as slow.
-    assert taken and all(w.is_contiguous() or w.T.is_contiguous() for _, w in taken)
+    assert bool(taken) == (min(r, k, c) >= grain) and all(w.is_contiguous() or w.T.is_contiguous() for _, w in taken)
+
+
+def test_many_sizes_are_few_shapes(monkeypatch, taken):
+    """oneDNN keeps what it made for each."""
+    monkeypatch.setattr(onednn, "_GRAIN", 128)
+    for n in range(256, 384, 5):
+        x, y = (torch.randn(n, 160).requires_grad_() for _ in range(2))
+        flashcl.info_nce(x, y, temperature=10.0).backward()
+    assert len({(a.shape, w.shape) for a, w in taken}) <= 3
 
 
 def test_operands_of_16_bits_are_widened_first(taken):

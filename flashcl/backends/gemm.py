@@ -22,7 +22,7 @@ def mm(a: Tensor, b: Tensor, *, out: Tensor) -> None:
         return
     a, b = a.to(out.dtype), b.to(out.dtype)
     if onednn.faster(a, b):
-        out.copy_(onednn.product(a, b))
+        onednn.mm(a, b, out=out)
     else:
         torch.mm(a, b, out=out)
 
@@ -40,6 +40,6 @@ def addmm_(acc: Tensor, a: Tensor, b: Tensor, *, first: bool = False) -> None:
         return
     a, b = a.to(acc.dtype), b.to(acc.dtype)
     if onednn.faster(a, b):
-        acc.add_(onednn.product(a, b))
+        onednn.addmm_(acc, a, b)
     else:
         acc.addmm_(a, b)

@@ -1,8 +1,9 @@
 """float32 products on AMD's Zen 5, by oneDNN.
 
-PyTorch multiplies float32 with MKL, which takes AVX2 on AMD's CPUs. Zen 5 is more than twice as fast in AVX-512, which oneDNN
-takes: 450 GFLOP/s on two cores where MKL has 200 (bench/NOTES.md, which also says why Zen 4 stays with MKL). PyTorch
-has no public product by oneDNN in float32; this is the operator that torch.compile puts in the place of linear layers.
+By default PyTorch multiplies float32 with MKL, which takes AVX2 on AMD's CPUs. Zen 5 is more than twice as fast in AVX-512, which
+oneDNN takes: 450 GFLOP/s on two cores where MKL has 200 (family 26, model 2; bench/NOTES.md, which also says why Zen 4
+stays with MKL). PyTorch has no function for it that is public and leaves its global settings alone; this is the operator
+that torch.compile puts in the place of linear layers.
 """
 
 from __future__ import annotations
@@ -16,26 +17,25 @@ from torch import Tensor
 # As in PyTorch 2.7 and 2.13. It is not public: where it is another one, MKL multiplies.
 _SCHEMA = "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y"
 
-# MKL adds the K products of an element in blocks of 192, so the dense formula does; oneDNN adds them one after the other, with
-# a rounding that grows with K (at K = 512 1.7 times MKL's, 2.6 times if x and y have a mean), outside the contract. In
-# these blocks it is at most MKL's; blocks of 256 were outside the contract, too.
+# MKL adds the K products of an element in blocks of up to 192, so the dense formula does; oneDNN adds them one after the other,
+# with a rounding that grows with K (at K = 512 1.7 times MKL's, 2.6 times if x and y have a mean), outside the contract. In
+# equal blocks of at most this it is that of MKL; blocks of 256 were outside the contract, too.
 _LONGEST_SUM = 192
 
-# Below this many multiplications a call costs as much as it saves, and each new shape costs 0.3 ms more. With fewer rows or
-# columns than this the copies of blocks cost as much (5 x 4096 x 4096: 1.2 times MKL's time, 512 x 9000 x 3: 2.2 times).
-_LEAST_WORK, _NARROWEST = 2**22, 64
+# oneDNN keeps the code for each shape (0.3 ms and 0.3 MiB, up to 1,024 of them: with 200 batch sizes 380 MiB). So it gets
+# multiples of this of rows, columns and terms, and MKL the edges: then there are few shapes. Less than this gains little, too.
+_GRAIN = 128
 
 
 def faster(a: Tensor, b: Tensor) -> bool:
-    """Whether `product` takes less time for a (R, K) @ b (K, C) than torch.mm.
+    """Whether `mm` and `addmm_` take less time here for a (R, K) @ b (K, C) than torch's.
 
     `torch.backends.mkldnn.flags(enabled=False)` keeps oneDNN out of it, as it does in PyTorch.
     """
     return (
         a.device.type == "cpu"
         and a.dtype == b.dtype == torch.float32
-        and a.numel() * b.shape[1] >= _LEAST_WORK
-        and min(a.shape[0], b.shape[1]) >= _NARROWEST
+        and min(*a.shape, b.shape[1]) >= _GRAIN
         and _available()
         and torch._C._get_mkldnn_enabled()
     )
@@ -45,7 +45,8 @@ def faster(a: Tensor, b: Tensor) -> bool:
 def _available() -> bool:
     operator = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
     known = operator is not None and str(operator.default._schema) == _SCHEMA
-    return known and torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_zen5(processor())
+    is_zen5 = torch.backends.cpu.get_cpu_capability() == "AVX512" and _is_zen5(processor())
+    return known and is_zen5 and torch.backends.mkl.is_available()  # with another library PyTorch may be as fast
 
 
 def _is_zen5(fields: dict[str, str]) -> bool:
@@ -54,11 +55,32 @@ def _is_zen5(fields: dict[str, str]) -> bool:
 
 def processor() -> dict[str, str]:
     """What Linux says of the first core, nothing on other systems."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
+    try:
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+    except OSError:  # not Linux, or not for us to read
         return {}
-    first = cpuinfo.read_text().partition("\n\n")[0]
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+
+
+def mm(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+    """out (R, C) = a (R, K) @ b (K, C)"""
+    if any(size % _GRAIN for size in (*a.shape, b.shape[1])):
+        addmm_(out.zero_(), a, b)
+    else:
+        out.copy_(product(a, b))
+
+
+def addmm_(acc: Tensor, a: Tensor, b: Tensor) -> None:
+    """acc (R, C) += a (R, K) @ b (K, C)"""
+    (R, K), C = a.shape, b.shape[1]
+    r, k, c = (size - size % _GRAIN for size in (R, K, C))
+    acc[:r, :c].add_(product(a[:r, :k], b[:k, :c]))
+    if k < K:
+        acc[:r, :c].addmm_(a[:r, k:], b[k:, :c])
+    if c < C:
+        acc[:r, c:].addmm_(a[:r], b[:, c:])
+    if r < R:
+        acc[r:].addmm_(a[r:], b)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
