@@ -1,5 +1,7 @@
 """float32 products by oneDNN (flashcl/backends/onednn.py), on any CPU: the operator is there, only its speed differs."""
 
+import platform
+
 import pytest
 import torch
 from calls import SINGLE
@@ -57,8 +59,9 @@ def test_which_cpus(monkeypatch, fields, zen5, avx, schema):
     assert not onednn._available.__wrapped__()
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere Linux gives no name")
 def test_a_processor_has_a_name(monkeypatch):
-    assert "model name" in onednn.processor()  # of Linux on x86, where these tests run
+    assert "model name" in onednn.processor()
 
     def refuse(path):
         raise PermissionError(path)

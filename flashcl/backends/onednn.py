@@ -22,8 +22,9 @@ _SCHEMA = "mkldnn::_linear_pointwise(Tensor X, Tensor W, Tensor? B, str attr, Sc
 # equal blocks of at most this it is that of MKL; blocks of 256 were outside the contract, too.
 _LONGEST_SUM = 192
 
-# oneDNN keeps the code for each shape (0.3 ms and 0.3 MiB, up to 1,024 of them: with 200 batch sizes 380 MiB). So it gets
-# multiples of this of rows, columns and terms, and MKL the edges: then there are few shapes. Less than this gains little, too.
+# oneDNN keeps the code that it makes for each shape, 460 MiB of it where the number of rows changes from step to step. So it
+# gets multiples of this of rows, columns and terms, and MKL the edges: then there are few shapes, in at most 30 MiB. Less
+# than this gains little, too.
 _GRAIN = 128
 
 
@@ -37,7 +38,7 @@ def faster(a: Tensor, b: Tensor) -> bool:
         and a.dtype == b.dtype == torch.float32
         and min(*a.shape, b.shape[1]) >= _GRAIN
         and _available()
-        and torch._C._get_mkldnn_enabled()
+        and torch.backends.mkldnn.enabled
     )
 
 
@@ -54,7 +55,7 @@ def _is_zen5(fields: dict[str, str]) -> bool:
 
 
 def processor() -> dict[str, str]:
-    """What Linux says of the first core, nothing on other systems."""
+    """What Linux says of the first core, by its own names; nothing on other systems."""
     try:
         first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
     except OSError:  # not Linux, or not for us to read
@@ -66,7 +67,7 @@ def mm(a: Tensor, b: Tensor, *, out: Tensor) -> None:
     """out (R, C) = a (R, K) @ b (K, C)"""
     if any(size % _GRAIN for size in (*a.shape, b.shape[1])):
         addmm_(out.zero_(), a, b)
-    else:
+    else:  # one pass over out less
         out.copy_(product(a, b))
 
 
