@@ -25,8 +25,9 @@ demo: install
 test: install
 	@$(BIN)/pytest -n auto --dist loadfile -m "not gpu"
 
+# Contract, 1,000 repeats, graphs, streams, and compute-sanitizer over small shapes; what comes of it goes to bench/results/.
 gpu-test: install
-	@$(BIN)/pytest -m gpu
+	@$(BIN)/python bench/gpu.py --no-bench --minutes $(or $(MINUTES),20)
 
 # With .venv if it is there, else with the Python at hand: machines with a GPU often have torch and no network.
 gpu-all:

@@ -3,6 +3,7 @@
     make gpu-all                     at most 9 minutes
     make gpu-all PART=2/3            a third of the tests and workloads
     make gpu-all MINUTES=4           for shorter slots: what is not done by then is left for the next call
+    make gpu-test                    without the benchmark
 
 Results go to $OUT if it is set, else to bench/results. A call goes on from what it finds in either, as long as device,
 versions and sources are the same. Exit code 0: all is right; 1: something failed; 2: no GPU; 3: something is left.
@@ -31,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench/results"
 SOURCES = ("flashcl", "triton_kernels", "csrc", "tests", "bench/small_shapes.py", "setup.py", "pyproject.toml")
 KERNELS = {"cuda": "csrc", "triton": "triton_kernels"}  # backend: where its kernels are
-WATCHED = [  # by the sanitizer; float16 takes the ways of bfloat16
+UNWATCHED = ("float16",)  # by the sanitizer: it takes the ways of bfloat16
+WATCHED = [
     f"{kernels} {check}"
     for kernels in ("cuda bfloat16", "triton bfloat16", "triton float32")
     for check in ("memcheck", "racecheck")
@@ -49,11 +51,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", default="1/1", metavar="K/N", help="the K-th of N shares of tests and workloads")
     parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--no-bench", action="store_true", help="build, tests and sanitizer alone")
     args = parser.parse_args()
     if reason := no_gpu():
         print(f"make gpu-all: {reason}; nothing was run", file=sys.stderr)
         return 2
-    check = Check(args.part, args.minutes * 60, Path(os.environ.get("OUT") or RESULTS))
+    check = Check(args.part, args.minutes * 60, Path(os.environ.get("OUT") or RESULTS), bench=not args.no_bench)
     if check.build():
         with ThreadPoolExecutor(2) as pool:  # side by side: neither is timed
             try:
@@ -62,7 +65,8 @@ def main() -> int:
             except KeyboardInterrupt:
                 check.stop()
                 raise
-        check.bench()
+        if not args.no_bench:
+            check.bench()
     return check.summary()
 
 
@@ -79,8 +83,9 @@ def no_gpu() -> str | None:
 class Check:
     """One call. `state` is what this and earlier calls found: {"environment": ..., "tests": {id: outcome}, ...}."""
 
-    def __init__(self, part: str, seconds: float, out: Path):
+    def __init__(self, part: str, seconds: float, out: Path, bench: bool = True):
         self.part, self.seconds, self.out = part, seconds, out
+        self.until = UNTIL if bench else UNTIL | dict(tests=UNTIL["bench"], sanitizer=UNTIL["bench"])
         self.start, self.running, self.stopped = time.monotonic(), set(), False
         self.out.mkdir(parents=True, exist_ok=True)
         self.environment = environment()
@@ -92,6 +97,8 @@ class Check:
             before = json.loads(earlier.read_text())
             if before["environment"] == self.environment:
                 self.state = before
+        if not bench and self.state["bench"] == "not done":
+            self.state["bench"] = "left out"
 
     def take_up(self, name: str) -> Path:
         """A file of an earlier call: in the folder for results or, copied back, in bench/results."""
@@ -104,7 +111,7 @@ class Check:
 
     def run(self, stage: str, command: list, limit: float = math.inf, **environment: str) -> tuple[int | None, str]:
         """(exit code, output), the code None where the time of the stage, or its limit in seconds, ended first."""
-        left = min(limit, self.start + self.seconds * UNTIL[stage] - time.monotonic())
+        left = min(limit, self.start + self.seconds * self.until[stage] - time.monotonic())
         print(f"[{time.monotonic() - self.start:4.0f} s] {stage}", file=sys.stderr, flush=True)
         if left <= 0 or self.stopped:
             return None, ""
@@ -218,9 +225,10 @@ class Check:
         return match and match[1]
 
     def bench(self) -> None:
-        left = self.start + self.seconds * UNTIL["bench"] - time.monotonic()
+        left = self.start + self.seconds * self.until["bench"] - time.monotonic()
         self.take_up("gpu-bench.json")
-        which = ["--suite", "core", "--mode", "full", "--part", self.part]
+        # 0.3 s for each provider: three steps of the slowest that fit, and of the fast ones enough for quantiles.
+        which = ["--suite", "core", "--mode", "full", "--seconds", 0.3, "--part", self.part]
         keep = ["--out", self.out / "gpu-bench.json", "--resume", "--time-limit", max(1, 0.7 * left)]
         code, _ = self.run("bench", [*FLASHCL, "bench", *which, *keep])
         left_over = {None: "not finished", 3: "not finished"}
@@ -277,8 +285,15 @@ class Check:
         path = self.out / f"verified-{backend}-{self.environment['arch']}.json"
         kernels = digest_of(KERNELS[backend])
         record = dict(environment=self.environment, kernels=kernels, tests=mine, sanitizer=self.state["sanitizer"])
+        record["not run on a GPU"] = not_run(backend, mine)
         path.write_text(json.dumps(record, indent=1) + "\n")
         return [f"verified: {path.name} (dispatch.VERIFIED may name it)"]
+
+
+def not_run(backend: str, tests: dict[str, str]) -> list[str]:
+    """What a verification of these tests leaves open."""
+    skipped = [name for name, outcome in tests.items() if outcome == "SKIPPED"]
+    return skipped + [f"compute-sanitizer over {backend} {dtype}" for dtype in UNWATCHED]
 
 
 def kernels_of(backend: str) -> list[str]:

@@ -289,6 +289,9 @@ def test_the_summary_of_a_check(monkeypatch, tmp_path, capsys, change, code, ver
     assert check.summary() == code
     assert (tmp_path / "verified-triton-sm90.json").exists() == verified
     assert not (tmp_path / "verified-cuda-sm90.json").exists()
+    if verified:
+        record = json.loads((tmp_path / "verified-triton-sm90.json").read_text())
+        assert record["not run on a GPU"] == ["tests/test_gpu.py::b[triton-2]", "compute-sanitizer over triton float16"]
     assert (tmp_path / "gpu-summary.txt").read_text() == capsys.readouterr().out
     assert gpu.Check("1/1", 60, tmp_path).state == check.state  # the next call goes on from it
     monkeypatch.setattr(gpu, "environment", lambda: dict(device="a GPU", arch="sm90", sources="456"))
@@ -304,6 +307,9 @@ def test_a_verified_generation_stands_on_a_file(backend, generation):
     assert set(record["tests"].values()) <= {"PASSED", "SKIPPED"} and "PASSED" in record["tests"].values()
     assert {record["sanitizer"][name] for name in gpu.WATCHED if name.startswith(backend)} == {"clean"}
     assert record["kernels"] == gpu.digest_of(gpu.KERNELS[backend])
+    left_open = record["not run on a GPU"]
+    assert left_open == gpu.not_run(backend, record["tests"]) and f"compute-sanitizer over {backend} float16" in left_open
+    assert f"tests/test_gpu.py::test_a_second_device[{backend}-siglip]" in left_open
 
 
 def test_the_summary_has_a_line_for_each_workload(tmp_path):

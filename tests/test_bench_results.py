@@ -215,6 +215,7 @@ def test_the_command_as_a_user_runs_it(tmp_path):
     done = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "[1/1] siglip 2,048 x 8 float32" in done.stderr and "matrix rate" in done.stdout
+    assert "float32 counts as right up to a relative L2 error of 1e-04 for the value" in done.stdout
     found = Results.load(tmp_path / "r.json")
     assert {(row.provider, row.mode, row.status) for row in found.rows} == {("dense", mode, "ok") for mode in MODES}
     assert found.environment["torch"] == torch.__version__ and found.environment["command"].startswith(

@@ -14,7 +14,7 @@ def check(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "environment", lambda: dict(sources="123"))
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "none")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    return lambda part="1/1": gpu.Check(part, 60, tmp_path / "out")
+    return lambda part="1/1", **options: gpu.Check(part, 60, tmp_path / "out", **options)
 
 
 def test_a_part_is_a_share_and_what_passed_is_not_run_again(check, monkeypatch):
@@ -44,6 +44,25 @@ def test_what_becomes_of_the_benchmark(check, monkeypatch, code, begins):
     monkeypatch.setattr(c, "run", lambda *_, **__: (code, ""))
     c.bench()
     assert c.state["bench"].startswith(begins)
+
+
+def test_without_the_benchmark_nothing_is_left_and_the_tests_have_the_time(check, monkeypatch, tmp_path):
+    gpu, c = script("gpu"), check(bench=False)
+    c.state["tests"] = {"tests/a.py::b": "PASSED"}
+    assert c.until["tests"] == c.until["sanitizer"] > check().until["tests"]
+    assert c.summary() == 0 and c.state["bench"] == "left out"
+    c = check()  # a later call with it
+    monkeypatch.setattr(c, "run", lambda *_, **__: (0, ""))
+    c.bench()
+    assert c.state["bench"].startswith("done") and check(bench=False).state["bench"].startswith("done")
+    stages = []
+    for stage in ("build", "tests", "sanitizer", "bench"):
+        monkeypatch.setattr(gpu.Check, stage, lambda self, stage=stage: stages.append(stage) or True)
+    monkeypatch.setattr(gpu, "no_gpu", lambda: None)
+    monkeypatch.setattr(gpu, "environment", lambda: c.environment)
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--no-bench"])
+    assert gpu.main() == 0 and sorted(stages) == ["build", "sanitizer", "tests"]
 
 
 @pytest.mark.parametrize("codes, built", [((0, 0), True), ((1, 0), False), ((0, 1), False), ((0, None), False)])

@@ -197,11 +197,14 @@ def judge(c: Candidate, out: dict[str, Tensor], truth: Exact, dtype: str) -> Non
     missing = [k for k in truth.values if k not in out]
     wrong += [f"no {k}" for k in missing if truth.values[k].dim()]
     if wrong:
-        allowed = f"{for_value:.0e} for the value, {for_gradients:.0e} for gradients, {for_rows:.0e} for their rows"
-        c.note = f"relative error of {', '.join(wrong)} against {truth.what}; allowed: {allowed}"
+        c.note = f"relative error of {', '.join(wrong)} against {truth.what}; allowed: {allowed(dtype)}"
         c.status, c.loss = "wrong", None
     elif missing:
         c.note = f"no {', no '.join(missing)}"
+
+
+def allowed(dtype: str) -> str:
+    return "{:.0e} for the value, {:.0e} for gradients, {:.0e} for their rows".format(*TOLERANCE[dtype])
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
