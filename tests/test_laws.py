@@ -73,6 +73,14 @@ def library():
             yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
+def test_two_files_of_the_kernels_know_python():
+    """module.cpp, which binds, and tensors.h, which takes tensors; none knows PyTorch."""
+    headers = {path.name: re.findall(r"#include [<\"]([^>\"]+)", path.read_text()) for path in (ROOT / "csrc").iterdir()}
+    knows = {name for name, found in headers.items() if any(h.startswith(("nanobind", "Python")) for h in found)}
+    assert knows == {"module.cpp", "tensors.h"} and [n for n, h in headers.items() if "tensors.h" in h] == ["module.cpp"]
+    assert not any(h.startswith(("torch", "ATen", "c10")) for found in headers.values() for h in found)
+
+
 def test_there_is_a_library_to_look_at():
     names = {name for name, _ in library()}
     assert names >= {"flashcl", "flashcl.losses.info_nce", "flashcl.engine.ops", "flashcl.backends.torch"}
