@@ -1,4 +1,4 @@
-"""Figures from the result files of `flashcl bench`: docs/img/*.png from bench/results/*.json, by `make plots`.
+"""Figures from the files of `flashcl bench` and bench/kernels.py: docs/img/*.png from bench/results/*.json, by `make plots`.
 
 One set of figures for each machine. What was not measured is said in the figure, never drawn.
 """
@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -44,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("results", nargs="*", type=Path, help="default: bench/results/*.json")
     parser.add_argument("--out", type=Path, default=HERE.parent / "docs/img")
     args = parser.parse_args(argv)
-    machines = load(args.results or sorted((HERE / "results").glob("*.json")))
+    paths = args.results or sorted((HERE / "results").glob("*.json"))
+    machines, taken_apart = load(paths), load_parts(paths)
     if not machines:
         print(
             "no results of flashcl bench to draw: run flashcl bench --out bench/results/NAME.json first",
@@ -53,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
     for name, results in machines.items():
-        for figure_name, figure in figures(results):
+        for figure_name, figure in figures(results, taken_apart.get(name, [])):
             path = args.out / f"{name}-{figure_name}.png"
             FigureCanvasAgg(figure)
             figure.savefig(path, dpi=130)
@@ -72,12 +74,22 @@ def load(paths: Iterable[Path]) -> dict[str, list[Results]]:
     return machines
 
 
+def load_parts(paths: Iterable[Path]) -> dict[str, list[dict]]:
+    """The files of bench/kernels.py, by machine."""
+    machines = defaultdict(list)
+    for path in paths:
+        data = json.loads(path.read_text())
+        if any(isinstance(row, dict) and "sweep" in row for row in data.get("rows", [])):
+            machines[slug(data["environment"]["device"])].append(data)
+    return machines
+
+
 def slug(device: str) -> str:
     """A file name from the first words that describe a device."""
     return re.sub(r"[^a-z0-9]+", "-", device.split(",")[0].lower()).strip("-")
 
 
-def figures(files: list[Results]) -> Iterable[tuple[str, Figure]]:
+def figures(files: list[Results], taken_apart: list[dict] = ()) -> Iterable[tuple[str, Figure]]:
     rows = newest(files)
     bandwidth = max(results.environment["copy_gb_per_s"] for results in files)
     for dtype in dict.fromkeys(row.dtype for row in rows):
@@ -88,6 +100,9 @@ def figures(files: list[Results]) -> Iterable[tuple[str, Figure]]:
             if several(some, "n", "d"):
                 yield f"{dtype}-widths", footed(widths(some), files, some)
             yield f"{dtype}-roofline", footed(roofline(some, bandwidth), files, some)
+        for data in taken_apart:
+            if kernels := [row for row in data["rows"] if row["dtype"] == dtype]:
+                yield f"{dtype}-kernels", footed(kernel_roofline(kernels, bandwidth), [Results(data["environment"])], [])
 
 
 def newest(files: list[Results]) -> list[Row]:
@@ -161,11 +176,15 @@ def absent(rows: list[Row]) -> str:
     return f"not drawn: {'; '.join(reasons)}" if reasons else ""
 
 
-def axes(ax, title: str, xlabel: str, ylabel: str, rows: list[Row], x: str | None = None) -> None:
+def plain_axes(ax, title: str, xlabel: str, ylabel: str) -> None:
     ax.title.set(text=title, fontsize=10)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
+
+
+def axes(ax, title: str, xlabel: str, ylabel: str, rows: list[Row], x: str | None = None) -> None:
+    plain_axes(ax, title, xlabel, ylabel)
     if not any(row.status == "ok" for row in rows):
         ax.text(0.5, 0.5, "not measured", ha="center", transform=ax.transAxes, fontsize=12, color="0.4")
     if x:
@@ -240,8 +259,20 @@ def roofline(rows: list[Row], bandwidth: float) -> Figure:
     )
     if not measured:
         return figure
-    ridge = peak * 1e12 / (bandwidth * 1e9)
     intensity = [row.work.flops("full") / row.work.compulsory_bytes() for row in measured]
+    roofs(ax, peak, bandwidth, intensity, [row.tflops for row in measured])
+    for name in COLORS:
+        points = [(at, row) for at, row in zip(intensity, measured) if row.provider == name]
+        if points:
+            style = dict(color=COLORS[name], marker=MARKERS[name], linestyle="none", markersize=5, alpha=0.85)
+            ax.plot([at for at, _ in points], [row.tflops for _, row in points], label=name, **style)
+    legend(ax)
+    return figure
+
+
+def roofs(ax, peak: float, bandwidth: float, intensity: list[float], tflops: list[float]) -> None:
+    """The two roofs, in a panel that has room for these points."""
+    ridge = peak * 1e12 / (bandwidth * 1e9)
     left, right = min(ridge, *intensity) / 4, max(ridge, *intensity) * 2
     ax.plot([left, ridge, right], [peak * left / ridge, peak, peak], color="0.3", linewidth=1.2)
     ax.annotate(
@@ -250,16 +281,44 @@ def roofline(rows: list[Row], bandwidth: float) -> Figure:
     ax.annotate(
         f"copy {bandwidth:,.4g} GB/s", (left, peak * left / ridge), (18, 2), textcoords="offset points", fontsize=8
     )
-    for name in COLORS:
-        points = [(at, row) for at, row in zip(intensity, measured) if row.provider == name]
-        if points:
-            style = dict(color=COLORS[name], marker=MARKERS[name], linestyle="none", markersize=5, alpha=0.85)
-            ax.plot([at for at, _ in points], [row.tflops for _, row in points], label=name, **style)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.set_ylim(min(peak * left / ridge, *(row.tflops for row in measured)) / 1.5, 2 * peak)
+    ax.set_ylim(min(peak * left / ridge, *tflops) / 1.5, 2 * peak)
+
+
+PARTS = {"sweep": "o", "grad": "v", "products": "s"}  # of a step, and their markers
+
+
+def kernel_roofline(rows: list[dict], bandwidth: float) -> Figure:
+    """The kernels of each step of bench/kernels.py, and the library's products with G beside them."""
+    figure = Figure(figsize=(9, 5.6), layout="constrained")
+    ax = figure.subplots()
+    title = f"{rows[0]['dtype']}: the kernels of a step, by the profiler, under the measured roofs"
+    plain_axes(ax, title, "FLOPs per compulsory byte (embeddings and G)", "TFLOP/s")
+    points = [
+        (row["backend"], part, flops_per_byte(row, part), row[part]["tflops"])
+        for row in rows for part in PARTS if "tflops" in row[part]
+    ]  # fmt: skip
+    peak = max(row["matrix_tflops"] for row in rows)
+    roofs(ax, peak, bandwidth, [at for *_, at, _ in points], [rate for *_, rate in points])
+    for backend in dict.fromkeys(name for name, *_ in points):
+        for part, marker in PARTS.items():
+            mine = [point[2:] for point in points if point[:2] == (backend, part)]
+            style = dict(color=COLORS[f"flashcl-{backend}"], marker=marker, linestyle="none", markersize=5, alpha=0.85)
+            ax.plot([at for at, _ in mine], [rate for _, rate in mine], label=f"{part}, {backend}", **style)
+    widths = ", ".join(str(d) for d in sorted({row["d"] for row in rows}))
+    words = f"grad and products from left to right, sweep upward: D = {widths}"
+    ax.annotate(words, (0.02, 0.95), xycoords="axes fraction", fontsize=8)
     legend(ax)
     return figure
+
+
+def flops_per_byte(row: dict, part: str) -> float:
+    """FLOPs of a part of a step for each byte that it must move: embeddings, and G where it is written or read."""
+    size = getattr(torch, row["dtype"]).itemsize
+    embeddings, g = 2 * row["n"] * row["d"] * size, row["n"] ** 2 * size
+    moved = {"sweep": embeddings, "grad": embeddings + g, "products": 2 * embeddings + 2 * g}[part]
+    return row[part]["tflops"] * 1e12 * row[part]["ms"] / 1e3 / moved
 
 
 if __name__ == "__main__":

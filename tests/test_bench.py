@@ -4,12 +4,14 @@ import math
 import os
 import subprocess
 import time
+import types
 from dataclasses import replace
 
 import pytest
 import torch
 from measured import no_children, one_commit  # noqa: F401  fixtures
 
+from flashcl import reference
 from flashcl.cli import bench, main
 from flashcl.cli.bench import exact, machine, measure, providers, results
 from flashcl.cli.bench.results import Results
@@ -319,6 +321,27 @@ def test_missing_providers_are_named(capsys, no_children):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
     assert code == 0 and [line.split(": ")[1] for line in lines] == names.split(",")[1:]
     assert all(len(line.split(": ", 2)[2]) > 10 for line in lines)  # and why
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "siglip"])
+def test_open_clip_is_called_as_its_losses_are(monkeypatch, no_children, loss):
+    """By stand-ins with the signatures of open_clip 3.3.0, which is not installed here."""
+
+    class ClipLoss:
+        def __call__(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False):
+            return reference.info_nce(image_features, text_features, logit_scale=logit_scale)
+
+    class SigLipLoss:
+        def __call__(self, image_features, text_features, logit_scale, logit_bias, output_dict=False):
+            return reference.siglip(image_features, text_features, logit_scale=logit_scale, logit_bias=logit_bias)
+
+    package = types.SimpleNamespace(ClipLoss=ClipLoss, SigLipLoss=SigLipLoss)
+    monkeypatch.setattr(providers, "_import", lambda module, name: package)
+    work = Workload(loss, 48, 8, "float32")
+    (row,) = measure.measure(work, ["open_clip"], CPU, ["full"], 0.01, lambda doing: None)
+    assert row.status == "ok" and row.error < 1e-5
+    with pytest.raises(providers.Unavailable, match="has no nt_xent"):
+        providers.open_clip(Workload("nt_xent", 48, 8, "float32"), None)
 
 
 def test_memory_that_cannot_be_measured_is_no_failure(offered, monkeypatch):

@@ -1,5 +1,6 @@
 """bench/plots.py: what its axes and curves hold. test_bench_programs.py makes the files."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -53,3 +54,26 @@ def test_what_figures_leave_out(plots):
     assert "quack" not in plots.absent([no_such]) and "memeff" in plots.absent([ROWS[1], no_such])
     shapes = [replace(ROWS[0], n=n, d=d) for n, d in ((64, 16), (128, 16), (64, 32))]
     assert plots.values_of(shapes, "info_nce", "d", "n") == (16, {64, 128})
+
+
+def test_the_roofline_of_kernels(plots, tmp_path):
+    """N = 64, D = 16, 2 bytes a number: embeddings 4 KiB, G 8 KiB. A part without a rate (siglip has no sweep) has no point."""
+    row = dict(loss="info_nce", n=64, d=16, dtype="bfloat16", backend="cuda", matrix_tflops=0.5)
+    parts = dict(sweep=(4.0, 0.1), grad=(8.0, 0.2), products=(16.0, 0.4))
+    row |= {part: dict(ms=us / 1e3, launches=1.0, tflops=rate) for part, (us, rate) in parts.items()}
+    siglip = row | dict(loss="siglip", backend="triton", sweep=dict(ms=0.0, launches=0.0))
+    figure = plots.kernel_roofline([row, siglip], 100.0)
+    panel = figure.axes[0]
+    moved = dict(sweep=4096, grad=4096 + 8192, products=2 * 4096 + 2 * 8192)
+    for part, (us, rate) in parts.items():
+        at, rates = curve(panel, f"{part}, cuda")
+        assert at == pytest.approx([rate * us * 1e6 / moved[part]]) and rates == [rate]
+    assert max(panel.lines[0].get_ydata()) == 0.5 and not curve(panel, "sweep, triton")[0]
+    environment = {k: v for k, v in ENVIRONMENT.items() if k != "copy_gb_per_s"} | dict(commit="parts", date="then")
+    for name, data in (("k", dict(environment=environment, rows=[row])), ("other", dict(environment={}))):
+        (tmp_path / f"{name}.json").write_text(json.dumps(data))
+    found = plots.load_parts(tmp_path.glob("*.json"))
+    table = Results(ENVIRONMENT, [replace(ROWS[0], dtype="bfloat16")])
+    names = dict(plots.figures([table], found[plots.slug(ENVIRONMENT["device"])]))
+    assert list(names) == ["bfloat16-roofline", "bfloat16-kernels"] and len(found) == 1
+    assert "commit parts, then" in names["bfloat16-kernels"].get_supxlabel()
