@@ -130,6 +130,42 @@ def test_the_table_of_a_gpu():
                 assert abs(of_cublas - 100 * r["tflops"] / r["matrix_tflops"]) <= 0.51, (at, r["provider"], time)
 
 
+def test_the_table_of_targets():
+    rows = [r for name in ("bench-h200-peers.json", "bench-h200.json") for r in results(name)]
+    found = {(r["loss"], r["n"], r["d"], r["provider"]): r for r in rows if r["status"] == "ok"}
+    ours, kernels = "flashcl-cuda", {"InfoNCE": "info_nce", "SigLIP": "siglip"}
+    seen = 0
+    for target, asked, reached, verdict in table(BENCHMARKS, "| target | asked"):
+        loss = next((v for k, v in kernels.items() if k in target), "nt_xent")
+        at = loss, 65_536, int(re.search(r"D = ([\d,]+)|$", target)[1].replace(",", "")) if "D = " in target else 0
+        if asked.endswith(" %"):
+            r = found[(*at, "flashcl-triton" if "Triton" in target else ours)]
+            assert shows(reached, 100 * r["tflops"] / r["matrix_tflops"])
+            assert "(" not in reached or shows(reached.partition("(")[2], 100 * r["tflops"] / 790)
+            met = r["tflops"] / r["matrix_tflops"] >= float(asked.split()[0]) / 100
+        elif asked.endswith("as fast"):
+            peer = found[(*at, target.split(",")[0])]
+            faster, wanted = peer["ms"] / found[(*at, ours)]["ms"], float(asked.split()[0])
+            assert shows(reached, faster)
+            met = faster >= wanted
+            needed = 100 * wanted * peer["tflops"] / peer["matrix_tflops"]
+            assert met or shows(re.search(r"would be (\d+) %", verdict)[1], needed)
+        elif loss == "nt_xent" and at[2] and "million" not in target:
+            r = found[(*at, ours)]
+            assert shows(reached, r["ms"]) and all(f"{r[k]:.2f}" in verdict for k in ("ms_20", "ms_80"))
+            met = r["ms"] <= float(asked.split()[0])
+        elif "million" in target:
+            (r,) = results("million-h200.json")
+            what = "times_floor" if "floor" in asked else "peak_gb"
+            assert shows(reached, r[what]) and (what == "peak_gb" or f"{r['times_lasting_floor']:.2f} ×" in verdict)
+            met = r[what] <= float(asked.split()[0])
+        else:
+            continue
+        seen += 1
+        assert verdict.startswith("met" if met else "**missed**"), target
+    assert seen == 15
+
+
 def test_the_table_of_small_batches():
     files = {"c245df4": "small-h200.json", "c8d32a9": "small-h200-c8d32a9.json"}
     rows = table(README, "| rows | flashcl | flashcl in a graph")
