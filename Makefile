@@ -1,4 +1,4 @@
-# Every target installs what it needs into .venv first; `make install` alone is enough on a fresh machine.
+# Targets install what they need into .venv first (but for gpu-all); `make install` alone is enough on a fresh machine.
 # FLASHCL_CUDA and FLASHCL_ARCHS (see setup.py) are read when the package is built: `make -B install` builds again.
 PYTHON ?= python3
 BIN := .venv/bin

@@ -54,7 +54,7 @@ def main() -> int:
     parser.add_argument("--no-bench", action="store_true", help="build, tests and sanitizer alone")
     args = parser.parse_args()
     if reason := no_gpu():
-        print(f"make gpu-all: {reason}; nothing was run", file=sys.stderr)
+        print(f"bench/gpu.py: {reason}; nothing was run", file=sys.stderr)
         return 2
     check = Check(args.part, args.minutes * 60, Path(os.environ.get("OUT") or RESULTS), bench=not args.no_bench)
     if check.build():

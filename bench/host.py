@@ -86,7 +86,7 @@ def leaves(device: str, sixteen_bits: bool) -> list[Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stub", action="store_true", help="the triton backend without a GPU")
+    parser.add_argument("--stub", action="store_true", help="a backend of kernels without a GPU: its launches do nothing")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--compile", action="store_true", help="through torch.compile")
     parser.add_argument("--repeats", type=int, default=500)

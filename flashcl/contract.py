@@ -246,8 +246,9 @@ def judge(
     ref = truth.high
     if out.shape != ref.shape:
         raise AssertionError(f"{quantity}: shape {tuple(out.shape)}, the reference has {tuple(ref.shape)}")
-    both = ref.isfinite() & out.isfinite()
-    same = (out == ref) | (out.isnan() & ref.isnan())
+    rounded = ref.to(out.dtype)  # inf where the dtype holds no such number
+    both = rounded.isfinite() & out.isfinite()
+    same = (out == rounded) | (out.isnan() & rounded.isnan())
     findings = [Finding(quantity, "non-finite", int((~both & ~same).sum()), 0)]
     if not both.any():
         return findings
@@ -345,7 +346,8 @@ class Yardstick:
 
     def worst(self, errors: dict[str, Tensor]) -> float:
         """The largest relative L2 error of all values and gradients."""
-        return max((errors[quantity].norm() / truth.high.norm()).item() for quantity, truth in self.truth.items())
+        relative = [errors[quantity].norm() / truth.high.norm() for quantity, truth in self.truth.items()]
+        return torch.stack(relative).max().item()  # NaN if one is, unlike Python's max
 
 
 def truth_of(c: Case) -> dict[str, Truth]:

@@ -284,6 +284,13 @@ def test_group_options():
             flashcl.nt_xent(X, X, group=flashcl.Group(alone, convention=convention), reduction="sum")
     with raises(ValueError, "convention", "'global'", "no mean"):
         flashcl.similarity_logsumexp(X, X, group=flashcl.Group(alone, convention="global"))
+    for wrong in (["ring"], {}):
+        with raises(ValueError, "strategy", str(wrong)):
+            flashcl.Group(alone, strategy=wrong)
+        with raises(ValueError, "convention", str(wrong)):
+            flashcl.Group(alone, convention=wrong)
+    with raises(ValueError, "chunk_bytes", "True"):
+        flashcl.Group(alone, chunk_bytes=True)
     with raises(ValueError, "chunk_bytes", "1.5"):
         flashcl.Group(alone, chunk_bytes=1.5)
     with raises(ValueError, "process_group", "no member"):

@@ -141,7 +141,7 @@ def test_regressions(canned, tmp_path, capsys, change, code):
 def test_an_incomparable_file_is_no_success(canned, tmp_path, capsys):
     old = tmp_path / "old.json"
     Results(ENVIRONMENT, [replace(ROWS[0], n=128)]).save(old)
-    assert canned(answer, "--compare", old)[0] == 2  # another device
+    assert canned(answer, "--compare", old) == (2, [])  # another device: nothing is measured
     device = machine.environment(torch.device("cpu"))["device"]
     Results(ENVIRONMENT | dict(device=device), [replace(ROWS[0], n=4)]).save(old)
     assert canned(answer, "--compare", old)[0] == 2  # nothing in common
@@ -190,7 +190,7 @@ def test_inputs_that_do_not_fit_are_a_result(monkeypatch):
 def test_files_that_are_no_results(tmp_path, capsys):
     path = tmp_path / "r.json"
     assert main(["bench", "--compare", str(path)]) == 2 and str(path) in capsys.readouterr().err
-    for text in ("", "[]", '{"environment": {}, "rows": [{"loss": "info_nce"}]}'):
+    for text in ("", "[]", '{"environment": {}, "rows": [{"loss": "info_nce"}]}', '{"environment": {}, "rows": []}'):
         path.write_text(text)
         with pytest.raises(BadFile, match=f"^{path} is no result of flashcl bench: "):
             Results.load(path)

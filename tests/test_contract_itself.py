@@ -160,8 +160,23 @@ def test_the_bounds_by_hand():
     assert not contract.judge("grad x", torch.full((1,), 1e-7).half(), contract.Truth(lost), [0 * lost])[1].holds
     vanishing = contract.judge("grad x", out, truth, [ref * 0.25], [ref * 0.5], tight=0.125)
     assert [finding.bound for finding in vanishing] == ["non-finite", "max", "rms"]
+    beyond = contract.Truth(torch.tensor([1.0, 2.0, 7e4], dtype=DOUBLE))  # the last is inf in float16, and must be
+    for third, broken in ((math.inf, []), (65504.0, ["non-finite"]), (-math.inf, ["non-finite"])):
+        found = contract.judge("value", torch.tensor([1.0, 2.0, third]).half(), beyond, [0 * beyond.high], [0 * beyond.high], tight=2e-3)
+        assert [finding.bound for finding in found if not finding.holds] == broken
+    found = contract.judge("value", torch.tensor([-5.0, 900.0, math.inf]).half(), beyond, [0 * ref], [0 * ref], tight=2e-3)
+    assert [finding.bound for finding in found if not finding.holds] == ["max", "rms", "tight"]
     longer = contract.Truth(torch.ones(1, dtype=DOUBLE), torch.full((1,), 1e-17, dtype=DOUBLE))
     assert longer.error(torch.ones(1, dtype=DOUBLE)).item() == -1e-17
+
+
+def test_the_worst_error_is_nan_where_one_is():
+    one = contract.Truth(torch.ones(2, dtype=DOUBLE))
+    yardstick = contract.Yardstick(None, SINGLE, {"value": one, "grad x": one}, [], None)
+    assert yardstick.worst({"value": torch.full((2,), 1e-7), "grad x": torch.full((2,), 1e-3)}) == pytest.approx(1e-3)
+    for quantity in ("value", "grad x"):
+        errors = {"value": torch.full((2,), 1e-7), "grad x": torch.full((2,), 1e-7)}
+        assert math.isnan(yardstick.worst(errors | {quantity: torch.tensor([0.0, math.nan])}))
 
 
 @pytest.mark.parametrize("regime", ["init", "converged", "t=10"])

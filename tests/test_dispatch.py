@@ -1,6 +1,8 @@
 """Which backend serves a call (flashcl/engine/dispatch.py), on machines that are not here either."""
 
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -77,6 +79,23 @@ def test_a_clone_that_is_not_installed_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr(dispatch, "load", load)
     assert dispatch.unusable("triton", torch.device("cpu"), torch.float32).endswith("outside of the clone, or pip install -e .")
+
+
+OLD_TRITON = """
+import torch, triton
+del triton.knobs  # Triton 3.3, which torch 2.7 brings, has none
+triton.__version__ = "3.3.1"
+from flashcl.engine import dispatch
+torch.cuda.get_device_capability = lambda device=None: (8, 0)
+gpu = type("OnAGpu", (), dict(device=torch.device("cuda", 0), dtype=torch.float32))()
+print(dispatch.choose("auto", gpu), dispatch.unusable("triton", gpu.device, gpu.dtype), sep=": ")
+"""
+
+
+def test_a_triton_that_is_too_old_is_passed_over():
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", OLD_TRITON], capture_output=True, text=True)
+    assert done.stdout == "torch: the kernels need triton 3.6 or later, this is 3.3.1\n", done.stderr
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])

@@ -60,3 +60,10 @@ def test_what_ptxas_reports_is_kept(functions):
     source = functions["resources_source"](PTXAS)
     assert '"_Zone sm_90a registers=40 stack=16 spill_stores=4 spill_loads=8\\n"' in source
     assert "Potential Performance Loss" in source
+
+
+def test_a_report_in_other_words_is_no_error(functions):
+    """Nor do two kernels make one line."""
+    other = PTXAS.replace("bytes stack frame", "B of stack").replace("_Zone", "_Zother")
+    source = functions["resources_source"](other + PTXAS)
+    assert "_Zone sm_90a registers=40" in source and "_Zother" not in source

@@ -17,7 +17,8 @@ from flashcl.triton_kernels.programs import PARTNERS, PROGRAMS
 from flashcl.triton_kernels.sweep import Lines
 from flashcl.triton_kernels.tile import Block, cdiv
 
-INTERPRETED = triton.knobs.runtime.interpret
+# Triton before 3.4 has no knobs: it is too old anyway, which `unusable` says.
+INTERPRETED = hasattr(triton, "knobs") and triton.knobs.runtime.interpret
 
 
 def unusable(device: torch.device, dtype: torch.dtype) -> str | None:

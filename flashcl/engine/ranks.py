@@ -8,14 +8,16 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401  see below
 from torch import Tensor
+
+with suppress(ImportError):  # which PyTorch may do one day: its functions warn that they are deprecated
+    import torch.distributed.nn.functional  # noqa: F401
 
 # torch.distributed.nn.functional keeps the world group of the moment when it is imported, as a default of its arguments.
 # torch._dynamo imports it at the first call of an operator: the group would outlive destroy_process_group, and with it threads
@@ -77,12 +79,12 @@ class Group:
 
     def __post_init__(self):
         for name, allowed in (("strategy", STRATEGIES), ("convention", CONVENTIONS)):
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in tuple(allowed):  # a list, say, is no key to look up
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
         if not isinstance(self.process_group, dist.ProcessGroup) and not torch.compiler.is_compiling():
             # Inside torch.compile a ProcessGroup is of another type, which one depends on the version.
             raise _no_group("process_group", self.process_group, "a torch.distributed ProcessGroup")
-        if not isinstance(self.chunk_bytes, int) or self.chunk_bytes < 1:
+        if not isinstance(self.chunk_bytes, int) or isinstance(self.chunk_bytes, bool) or self.chunk_bytes < 1:
             raise ValueError(f"chunk_bytes must be a positive integer, got {self.chunk_bytes!r}")
 
     @property

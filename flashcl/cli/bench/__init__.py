@@ -93,6 +93,8 @@ def run(args) -> int:
         raise UsageError(f"--compare {args.compare}: no such file")
     old = Results.load(args.compare) if args.compare else None
     found = _begin(args, device)
+    if old:
+        results.must_be_of_one_device(found, old)  # before it takes hours
     for dtype in dict.fromkeys(work.dtype for work in jobs):
         print(f"{dtype} counts as right up to a relative L2 error of {measure.allowed(dtype)}")
     code = _measure_all(args, jobs, device, found)

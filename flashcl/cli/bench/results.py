@@ -61,9 +61,12 @@ class Results:
     def load(cls, path: Path) -> Results:
         try:
             data = json.loads(path.read_text())
-            return cls(dict(data["environment"]), [Row(**row) for row in data["rows"]])
+            found = cls(dict(data["environment"]), [Row(**row) for row in data["rows"]])
         except (ValueError, KeyError, TypeError) as error:
             raise BadFile(f"{path} is no result of flashcl bench: {error!r}") from None
+        if missing := {"device", "commit", "date"} - found.environment.keys():
+            raise BadFile(f"{path} is no result of flashcl bench: it has no {', '.join(sorted(missing))}")
+        return found
 
     def save(self, path: Path) -> None:
         """JSON, and the same as CSV beside it. Whole files replace whole files: there is always a valid one."""
@@ -132,6 +135,12 @@ def skipped(rows: list[Row]) -> list[str]:
 TIME_TOLERANCE, MEMORY_TOLERANCE, MEMORY_NOISE_MIB = 1.1, 1.1, 16
 
 
+def must_be_of_one_device(new: Results, old: Results) -> None:
+    if new.environment["device"] != old.environment["device"]:
+        theirs, ours = old.environment["device"], new.environment["device"]
+        raise UsageError(f"no comparison: measured on {theirs}, this is {ours}")
+
+
 @dataclass(frozen=True)
 class Change:
     row: Row
@@ -142,9 +151,7 @@ class Change:
 def compare(new: Results, old: Results) -> list[Change]:
     """What became of each measurement of `old` that `new` repeats. Slower counts where the median grew by more than a
     tenth and the middle parts of the two distributions do not touch."""
-    if new.environment["device"] != old.environment["device"]:
-        theirs, ours = old.environment["device"], new.environment["device"]
-        raise UsageError(f"no comparison: measured on {theirs}, this is {ours}")
+    must_be_of_one_device(new, old)
     before = {row.key: row for row in old.rows if row.status != "skipped"}
     pairs = [(before[row.key], row) for row in new.rows if row.key in before]
     if not pairs:
