@@ -91,15 +91,16 @@ def slug(device: str) -> str:
 
 def figures(files: list[Results], taken_apart: list[dict] = ()) -> Iterable[tuple[str, Figure]]:
     rows = newest(files)
-    bandwidth = max(results.environment["copy_gb_per_s"] for results in files)
     for dtype in dict.fromkeys(row.dtype for row in rows):
         some = [row for row in rows if row.dtype == dtype and row.mode == "full"]
+        sources = [results for results in files if any(row.dtype == dtype for row in results.rows)]
+        bandwidth = max(results.environment["copy_gb_per_s"] for results in sources)
         if some:
             if sized := several(some, "d", "n"):
-                yield f"{dtype}-sizes", footed(scaling(some, sized), files, some)
+                yield f"{dtype}-sizes", footed(scaling(some, sized), sources, some)
             if several(some, "n", "d"):
-                yield f"{dtype}-widths", footed(widths(some), files, some)
-            yield f"{dtype}-roofline", footed(roofline(some, bandwidth), files, some)
+                yield f"{dtype}-widths", footed(widths(some), sources, some)
+            yield f"{dtype}-roofline", footed(roofline(some, bandwidth), sources, some)
         for data in taken_apart:
             if kernels := [row for row in data["rows"] if row["dtype"] == dtype]:
                 yield f"{dtype}-kernels", footed(kernel_roofline(kernels, bandwidth), [Results(data["environment"])], [])

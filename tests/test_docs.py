@@ -97,8 +97,9 @@ def results(name: str) -> list[dict]:
         (README, "| loss | rows | flashcl ms", "bench-cpu.json", 2),
         (BENCHMARKS, "| loss | rows | flashcl ms", "bench-cpu.json", 5),
         (BENCHMARKS, "| loss, on Zen 4 | rows | flashcl ms", "bench-cpu-zen4.json", 2),
+        (BENCHMARKS, "| loss, bfloat16 | rows | flashcl ms", "bench-cpu-bf16.json", 4),
     ],
-    ids=["README", "benchmarks", "benchmarks, Zen 4"],
+    ids=["README", "benchmarks", "benchmarks, Zen 4", "benchmarks, bfloat16"],
 )
 def test_the_table_of_a_cpu(page, header, file, sizes):
     found = {(r["loss"], r["n"], r["provider"]): r for r in results(file)}
