@@ -34,7 +34,7 @@ gpu-all:
 	@$(or $(wildcard $(BIN)/python),$(PYTHON)) bench/gpu.py --part $(or $(PART),1/1) --minutes $(or $(MINUTES),9)
 
 bench: install
-	@$(BIN)/flashcl bench --suite cpu --provider flashcl-torch,dense,torch.compile --mode full --seconds 4 --out bench/results/bench-cpu.json
+	@$(BIN)/flashcl bench --suite cpu --provider flashcl-torch,dense,torch.compile --mode full --seconds 4 --overwrite --out bench/results/bench-cpu.json
 
 plots: install
 	@$(BIN)/python bench/plots.py

@@ -229,7 +229,7 @@ class Check:
         self.take_up("gpu-bench.json")
         # 0.3 s for each provider: three steps of the slowest that fit, and of the fast ones enough for quantiles.
         which = ["--suite", "core", "--mode", "full", "--seconds", 0.3, "--part", self.part]
-        keep = ["--out", self.out / "gpu-bench.json", "--resume", "--time-limit", max(1, 0.7 * left)]
+        keep = ["--out", self.out / "gpu-bench.json", "--resume", "--overwrite", "--time-limit", max(1, 0.7 * left)]
         code, _ = self.run("bench", [*FLASHCL, "bench", *which, *keep])
         left_over = {None: "not finished", 3: "not finished"}
         self.state["bench"] = (

@@ -101,8 +101,36 @@ def test_what_is_of_another_state_is_not_resumed(canned, tmp_path, capsys):
     data = json.loads(path.read_text())
     data["environment"]["commit"] = "another"
     path.write_text(json.dumps(data))
-    _, measured = canned(answer, "--out", path, "--resume")
-    assert len(measured) == 3 and "beginning anew" in capsys.readouterr().err
+    assert canned(answer, "--out", path, "--resume") == (2, [])
+    assert "of another machine, commit or version: --overwrite" in capsys.readouterr().err
+    assert json.loads(path.read_text()) == data
+    assert len(canned(answer, "--out", path, "--resume", "--overwrite")[1]) == 3
+    assert canned(answer, "--out", path, "--resume", "--overwrite") == (0, [])  # those are of this state
+
+
+def test_results_are_not_lost_unasked(canned, tmp_path, capsys):
+    path = tmp_path / "r.json"
+    canned(answer, "--out", path)
+    before = path.read_text()
+    assert canned(answer, "--out", path) == (2, []) and path.read_text() == before
+    assert "exists, and --resume would keep it: --overwrite replaces it" in capsys.readouterr().err
+    code, measured = canned(answer, "--out", path, "--overwrite")
+    assert code == 0 and len(measured) == 3
+
+
+def test_nothing_measured_is_no_success(canned, capsys):
+    assert canned(lambda work: [replace(ROWS[1], n=work.n)])[0] == 2
+    assert "nothing was measured" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, needs", [("--resume", "--out"), ("--overwrite", "--out"), ("--fail-if-regression", "--compare")])
+def test_options_that_need_another(arguments, needs, capsys):
+    assert main(["bench", arguments]) == 2 and f"{arguments} needs {needs}" in capsys.readouterr().err
+
+
+def test_a_suite_has_its_own_workloads(capsys):
+    assert main(["bench", "--suite", "quick", "--n", "64"]) == 2
+    assert "--suite has workloads of its own" in capsys.readouterr().err
 
 
 def test_a_time_limit_leaves_the_rest(canned, tmp_path, capsys):
@@ -119,6 +147,8 @@ def test_a_time_limit_leaves_the_rest(canned, tmp_path, capsys):
         (dict(ms=1.9, ms_20=1.6, ms_80=2.5), 0),  # the distributions overlap
         (dict(ms=0.5, ms_20=0.4, ms_80=0.6), 0),
         (dict(ms=3.0, ms_20=2.5, ms_80=3.5), 1),
+        (dict(ms=3.0, ms_20=2.5, ms_80=3.5, floor_ms=1.5), 0),  # matrix products took twice as long, too
+        (dict(ms=3.4, ms_20=2.5, ms_80=3.5, floor_ms=1.5), 1),
         (dict(extra_mib=19.2), 0),  # 3 MiB before: a tenth of them and the noise of 16
         (dict(extra_mib=19.4), 1),
         (dict(extra_mib=None), 0),

@@ -164,7 +164,7 @@ sys.exit(main(sys.argv[1:]))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line for line in done.stdout.splitlines() if re.match("(flashcl-torch|dense) full", line)]
     assert len(lines) == 2 and all("not measured" in line for line in lines), done.stdout
-    again = subprocess.run([*command, "--compare", tmp_path / "r.json"], capture_output=True, text=True)
+    again = subprocess.run([*command, "--overwrite", "--compare", tmp_path / "r.json"], capture_output=True, text=True)
     assert again.returncode == 0 and again.stdout.count("memory not measured") == 2, again.stdout + again.stderr
 
 

@@ -123,7 +123,7 @@ def test_the_rate_is_that_of_the_nearest_width_and_the_fastest(tmp_path, capsys)
     row = Row("info_nce", 65536, 1024, "bfloat16", "full", "flashcl-triton", "ok", tflops=500.0)
     rows = [replace(row, provider="flashcl-torch", tflops=5.0), row, replace(row, d=256, tflops=100.0)]
     rows.append(replace(row, provider="flashcl-cuda", status="oom", tflops=None))
-    Results(dict(device="a GPU"), rows).save(tmp_path / "r.json")
+    Results(dict(device="a GPU", commit="abc", date="today"), rows).save(tmp_path / "r.json")
     for dim, tflops in ((900, 500), (300, 100)):
         out = lines_of(capsys, f"--batch 4k --dim {dim} --gpus 2 --interconnect 1GB --calibrate {tmp_path / 'r.json'}")
         assert f"matrix rate {tflops} TFLOP/s: measured" in out
@@ -166,7 +166,7 @@ def measured(tmp_path):
         replace(row, mode="forward", tflops=800.0),
         replace(row, dtype="float16", mode="backward", tflops=700.0),
     ]
-    Results(dict(device="a GPU"), rows).save(tmp_path / "gpu.json")
+    Results(dict(device="a GPU", commit="abc", date="today"), rows).save(tmp_path / "gpu.json")
     return ["--calibrate", str(tmp_path / "gpu.json")]
 
 
@@ -175,6 +175,15 @@ def test_a_measured_rate_takes_the_place_of_the_peak(measured, capsys, dtype, tf
     assert main([*ARGUMENTS, *measured, "--dtype", dtype]) == 0
     out = capsys.readouterr().out
     assert f"matrix rate {tflops} TFLOP/s: measured, flashcl-triton at N = 65,536, D = 1024 on a GPU" in out
+
+
+def test_a_rate_of_another_gpu_is_refused(measured, tmp_path, capsys):
+    results = Results.load(tmp_path / "gpu.json")
+    results.environment["device"] = "NVIDIA H200, sm_90"
+    results.save(tmp_path / "gpu.json")
+    assert main([*ARGUMENTS, *measured, "--gpu", "h200"]) == 0
+    assert main([*ARGUMENTS, *measured, "--gpu", "a100"]) == 2
+    assert "another GPU than --gpu a100: take --gpu h200" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def add_parser(commands) -> None:
         description="Measures losses x N x D x dtype, forward, backward and both, for every provider installed here. "
         "Each must first be right against float64. Results are printed as they come; --out keeps them, also on Ctrl-C.",
     )
-    parser.add_argument("--suite", choices=SUITES, default="quick", help="which workloads (default: quick)")
+    parser.add_argument("--suite", choices=SUITES, help="which workloads (default: quick)")
     own = parser.add_argument_group("workloads of your own, in place of --suite; commas separate")
     own.add_argument("--loss", type=_names(LOSSES), help=f"{', '.join(LOSSES)} (default: info_nce)")
     own.add_argument("--n", type=_sizes, help="rows of the logits; a:b doubles from a to b (default: 4096)")
@@ -44,6 +44,8 @@ def add_parser(commands) -> None:
     )
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="results as JSON, and as CSV beside it")
     parser.add_argument("--resume", action="store_true", help="keep what --out has, and measure only what is missing")
+    old = "begin anew where --out has results; with --resume: where they are of another machine, commit or version"
+    parser.add_argument("--overwrite", action="store_true", help=old)
     parser.add_argument(
         "--part", type=_share, default=(1, 1), metavar="K/N", help="the K-th of N shares of the workloads"
     )
@@ -84,8 +86,9 @@ def _share(text: str) -> tuple[int, int]:
 
 
 def run(args) -> int:
-    if args.fail_if_regression and not args.compare or args.resume and not args.out:
-        raise UsageError("--fail-if-regression needs --compare, --resume needs --out")
+    for option, needs in (("fail_if_regression", "compare"), ("resume", "out"), ("overwrite", "out")):
+        if getattr(args, option) and not getattr(args, needs):
+            raise UsageError(f"--{option.replace('_', '-')} needs --{needs}")
     device, jobs = choose_device(args.device), workloads(args)
     if args.out and (args.out.suffix != ".json" or args.out.is_dir()):
         raise UsageError(f"--out must be a file named *.json (*.csv is written beside it), got {args.out}")
@@ -100,25 +103,31 @@ def run(args) -> int:
     code = _measure_all(args, jobs, device, found)
     for line in results.skipped(found.rows):
         print(f"skipped: {line}")
+    if found.rows and all(row.status == "skipped" for row in found.rows):
+        raise UsageError("nothing was measured: no provider is here")
     return code or (_compare(found, old, args.fail_if_regression) if old else 0)
 
 
 def workloads(args) -> list[Workload]:
     if not (args.loss or args.n or args.d or args.dtype):
-        return part(SUITES[args.suite], *args.part)
+        return part(SUITES[args.suite or "quick"], *args.part)
+    if args.suite:
+        raise UsageError("--suite has workloads of its own: leave it out, or --loss, --n, --d and --dtype")
     sizes = args.loss or LOSSES[:1], args.n or (4096,), args.d or (512,), args.dtype or ("float32",)
     return part(grid(*sizes), *args.part)
 
 
 def _begin(args, device: torch.device) -> Results:
-    """New results, or with --resume those of the same machine, commit and versions."""
+    """New results, or with --resume those of the same machine, commit and versions. None are lost without --overwrite."""
     found = Results(machine.environment(device))
-    if args.resume and args.out.exists():
+    if args.out and args.out.exists() and not (args.overwrite and not args.resume):
         before = Results.load(args.out)
-        if all(before.environment.get(k) == v for k, v in found.environment.items() if k not in machine.OF_ONE_RUN):
+        same = all(before.environment.get(k) == v for k, v in found.environment.items() if k not in machine.OF_ONE_RUN)
+        if args.resume and same:
             found.rows = before.rows
-        else:
-            print(f"{args.out} is of another machine, commit or version: beginning anew", file=sys.stderr)
+        elif not args.overwrite:
+            why = "has results of another machine, commit or version" if args.resume else "exists, and --resume would keep it"
+            raise UsageError(f"{args.out} {why}: --overwrite replaces it")
     print(*(f"{k}: {v}" for k, v in found.environment.items() if v != "none"), sep="\n")
     load = found.environment["load_before"]
     if device.type == "cpu" and load != "none" and load > os.cpu_count() / 4:

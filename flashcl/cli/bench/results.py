@@ -150,7 +150,7 @@ class Change:
 
 def compare(new: Results, old: Results) -> list[Change]:
     """What became of each measurement of `old` that `new` repeats. Slower counts where the median grew by more than a
-    tenth and the middle parts of the two distributions do not touch."""
+    tenth, also in relation to the floor, and the middle parts of the two distributions do not touch."""
     must_be_of_one_device(new, old)
     before = {row.key: row for row in old.rows if row.status != "skipped"}
     pairs = [(before[row.key], row) for row in new.rows if row.key in before]
@@ -164,7 +164,9 @@ def _change(was: Row, now: Row) -> Change:
     if "ok" not in (was.status, now.status) or was.status != now.status:
         worse = was.status == "ok" and now.status != "ok"
         return Change(now, f"{name}: {was.status} -> {now.status} {now.note}".rstrip(), worse)
-    slower = now.ms > TIME_TOLERANCE * was.ms and now.ms_20 > was.ms_80
+    # A machine that is slower altogether has slower matrix products, too: of the same rounds, whose rate makes the floor.
+    beyond_floor = now.ms / now.floor_ms > TIME_TOLERANCE * was.ms / was.floor_ms
+    slower = now.ms > TIME_TOLERANCE * was.ms and now.ms_20 > was.ms_80 and beyond_floor
     measured = None not in (was.extra_mib, now.extra_mib)
     larger = measured and now.extra_mib > MEMORY_TOLERANCE * was.extra_mib + MEMORY_NOISE_MIB
     words = " ".join(word for word, holds in (("SLOWER", slower), ("MORE MEMORY", larger)) if holds)
