@@ -106,6 +106,7 @@ class InfoNCELoss(_WithLogitScale):
         *criterion.parameters()]), or a buffer.
     max_logit_scale: the largest value that a learnable scale takes effect with; None: no bound.
     The other options are those of the function.
+    The property `logit_scale`, (), is the scale that takes effect now, for a log.
     Source: Radford et al. 2021, section 2.5.
     """
 
@@ -136,6 +137,7 @@ class SigLIPLoss(_WithLogitScale):
     logit_scale, logit_bias: those to begin with.
     learnable: whether `log_logit_scale` and `logit_bias` are parameters, to be given to the optimizer, or buffers.
     The other options are those of the function.
+    The property `logit_scale`, (), is the scale that takes effect now, for a log.
     Source: Zhai et al. 2023, algorithm 1.
     """
 
@@ -172,6 +174,7 @@ class NTXentLoss(_WithLogitScale):
     temperature: the fixed one, or the one to begin with.
     learnable: whether `log_logit_scale` is a parameter, to be given to the optimizer, or a buffer.
     The other options are those of the function.
+    The property `logit_scale`, (), is the scale that takes effect now, for a log.
     Source: Chen et al. 2020, eq. 1.
     """
 
@@ -200,6 +203,7 @@ class SupConLoss(_WithLogitScale):
     temperature: the fixed one, or the one to begin with.
     learnable: whether `log_logit_scale` is a parameter, to be given to the optimizer, or a buffer.
     The other options are those of the function.
+    The property `logit_scale`, (), is the scale that takes effect now, for a log.
     Source: Khosla et al. 2020, eq. 2.
     """
 

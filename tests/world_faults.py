@@ -32,7 +32,10 @@ def disagreements(rank, world) -> list[str]:
     wrong += refused(lambda: info_nce(leaf(), temperature=0.25 if odd else 0.5), "agree", "logit_scale")
     wrong += refused(lambda: info_nce(leaf(), symmetric=not odd), "agree", "symmetric False", "symmetric True")
     other = lambda: flashcl.nt_xent(leaf(), leaf(), temperature=0.5, group=group)  # noqa: E731
-    wrong += refused(other if odd else lambda: info_nce(leaf()), "agree", "x and y the same True")
+    wrong += refused(other if odd else lambda: info_nce(leaf()), "agree", "loss 'nt_xent'", "loss 'info_nce'")
+    learnable = torch.ones((), dtype=DOUBLE, requires_grad=bool(odd))
+    scale = lambda: flashcl.info_nce(leaf(), leaf(), logit_scale=learnable, group=group)  # noqa: E731
+    wrong += refused(lambda: scale().backward(), "agree", "requir", "gradient")
     strategy = flashcl.Group(group, strategy="gather" if odd else "ring")
     wrong += refused(lambda: flashcl.info_nce(leaf(), leaf(), temperature=1.0, group=strategy), "agree", "strategy 'gather'")
     chunks = flashcl.Group(group, chunk_bytes=2**20 if odd else 64)

@@ -162,10 +162,17 @@ class Ranks:
         first, _ = said[0]
         for rank, (facts, _) in enumerate(said):
             if differ := [key for key in first | facts if first.get(key) != facts.get(key)]:
+                if "operation" in differ:  # the rest is about something else on each rank
+                    differ = [key for key in ("operation", "loss") if key in differ]
                 there, here = (", ".join(f"{key} {known.get(key)!r}" for key in differ) for known in (facts, first))
                 difference = f"Rank {rank} has {there}; rank 0 has {here}"
                 if {"logit_scale", "logit_bias"} & set(differ):
                     difference += ". Are the gradients of a learnable one averaged over ranks, as those of the model are?"
+                if "operation" in differ:
+                    difference += (
+                        ". Each rank must call the same losses, forward and backward, in the same order, "
+                        "with the same ones of their arguments requiring gradients"
+                    )
                 raise RuntimeError(f"flashcl: the ranks of a group must agree ({ranks.what}). {difference}")
         ranks.counts = [tuple(counts) for _, counts in said]
         return ranks

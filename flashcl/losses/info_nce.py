@@ -54,7 +54,7 @@ def info_nce(
     elif y.shape[0] < x.shape[0]:
         raise ValueError(f"y must have at least the {x.shape[0]} rows of x, a positive for each, got {y.shape[0]}")
     scale = parameter(checks.logit_scale(x, temperature=temperature, logit_scale=logit_scale), group)
-    how, (x, y) = prepare(x, y, normalize=normalize, backend=backend, group=group, reduction=reduction)
+    how, (x, y) = prepare(x, y, normalize=normalize, backend=backend, group=group, loss="info_nce", reduction=reduction)
 
     col_id = torch.arange(y.shape[0], dtype=torch.int32, device=x.device)
     pairs = Pairs("different", (col_id[: x.shape[0]],), (col_id,), partner=0)

@@ -50,7 +50,7 @@ def nt_xent(
     checks.one_of("reduction", reduction, REDUCTIONS)
     group = Group.of(group, reduction)
     scale = parameter(checks.inverse_temperature(temperature, z1), group)
-    how, views = prepare(z1, z2, normalize=normalize, backend=backend, group=group, reduction=reduction)
+    how, views = prepare(z1, z2, normalize=normalize, backend=backend, group=group, loss="nt_xent", reduction=reduction)
     # Inside autocast the views may differ, and torch.cat takes no float16 where autocast is of bfloat16, nor the reverse.
     wider = functools.reduce(torch.promote_types, [v.dtype for v in views], how.dtype)
     z = torch.cat([v.to(wider) for v in views])

@@ -50,7 +50,8 @@ def siglip(
     group = Group.of(group, reduction)
     scale = parameter(checks.scalar("logit_scale", logit_scale, x), group)
     bias = parameter(to_statistic_dtype(checks.scalar("logit_bias", logit_bias, x), x), group)
-    how, (x, y) = prepare(x, y, normalize=normalize, backend=backend, group=group, reduction=reduction, logit_bias=bias)
+    same = dict(loss="siglip", reduction=reduction, logit_bias=bias)
+    how, (x, y) = prepare(x, y, normalize=normalize, backend=backend, group=group, **same)
 
     row = torch.arange(x.shape[0], dtype=torch.int32, device=x.device)
     pairs = Pairs("different", (row,), (row,), partner=0)

@@ -72,7 +72,7 @@ def similarity_logsumexp(
     checks.one_of("axis", axis, ("both", "rows", "cols"))
     group = Group.of(group, reduction=None)
     scale = checks.scalar("logit_scale", logit_scale, x)
-    how, (x, y) = prepare(x, y, normalize=False, backend=backend, group=group, axis=axis)
+    how, (x, y) = prepare(x, y, normalize=False, backend=backend, group=group, loss="similarity_logsumexp", axis=axis)
     if axis == "cols":  # the columns of S are the rows of its transpose
         x, y, row_bias, col_bias = y, x, col_bias, row_bias
 

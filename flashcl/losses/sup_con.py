@@ -49,7 +49,7 @@ def sup_con(
     checks.one_of("reduction", reduction, REDUCTIONS)
     group = Group.of(group, reduction)
     scale = parameter(checks.inverse_temperature(temperature, z), group)
-    how, (z,) = prepare(z, normalize=normalize, backend=backend, group=group, reduction=reduction)
+    how, (z,) = prepare(z, normalize=normalize, backend=backend, group=group, loss="sup_con", reduction=reduction)
 
     row = torch.arange(z.shape[0], dtype=torch.int32, device=z.device)
     labels = labels.to(torch.int64).contiguous()
