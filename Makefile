@@ -40,7 +40,6 @@ plots: install
 	@$(BIN)/python bench/plots.py
 
 docs: install
-	@$(BIN)/pip install -q "pdoc>=15"
 	@$(BIN)/pdoc flashcl flashcl.reference flashcl.contract --template-directory docs/theme -o docs/api
 
 clean:

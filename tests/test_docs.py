@@ -4,7 +4,10 @@ The calls of other libraries' losses are in test_drop_in.py.
 """
 
 import json
+import os
 import re
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -62,6 +65,17 @@ def test_a_snippet_runs(page, code, alone):
     exec(code, names)
     if "loss" in names:
         assert names["loss"].dim() == 0 and names["loss"].isfinite() and names["loss"].requires_grad
+
+
+def test_the_pages_of_the_docstrings(tmp_path):
+    """What `make docs` runs, to another folder."""
+    pytest.importorskip("pdoc")
+    line = next(line for line in (ROOT / "Makefile").read_text().splitlines() if "/pdoc " in line)
+    words = [word.replace("docs/api", str(tmp_path)) for word in line.split("/pdoc ")[1].split()]
+    subprocess.run([sys.executable, "-m", "pdoc", *words], cwd=ROOT, check=True, env=os.environ | dict(PYTHONSAFEPATH="1"))
+    page = (tmp_path / "flashcl.html").read_text()
+    assert "Radford et al. 2021" in page and all(f'id="{name}"' in page for name in flashcl.__all__)
+    assert (tmp_path / "flashcl/reference.html").exists() and (tmp_path / "flashcl/contract.html").exists()
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------------

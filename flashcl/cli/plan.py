@@ -202,7 +202,9 @@ def run(args) -> int:
     if args.calibrate is not None:
         peak, where = measured_rate(args.calibrate, args.loss, args.dtype, args.dim)
         if other := next((gpu for gpu in GPUS if gpu != args.gpu and gpu.upper() in where.upper()), None):
-            raise UsageError(f"--calibrate {args.calibrate} was measured on another GPU than --gpu {args.gpu}: take --gpu {other}")
+            raise UsageError(
+                f"--calibrate {args.calibrate} was measured on another GPU than --gpu {args.gpu}: take --gpu {other}"
+            )
     plan = Plan(args.loss, args.batch, args.dim, args.gpus, itemsize=4 if args.dtype == "float32" else 2)
     each = "each" if args.batch % args.gpus == 0 else "on the largest of them"
     of_a_rank = f"{plan.lines:,} lines {each}, D = {args.dim}, {args.dtype}"
