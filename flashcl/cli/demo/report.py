@@ -88,8 +88,8 @@ def summary(
         notes.append(difference)
     if len(runs[-1].losses) < len(runs[0].losses):
         notes.append(
-            f"batch {runs[-1].batch:,} was ended by its time limit, so that its recall says nothing about large batches: "
-            "it shows that such a step is feasible. --seconds gives it more"
+            f"batch {runs[-1].batch:,} was ended by its time limit (--seconds gives it more):\n"
+            "    its recall says nothing about large batches, only that such steps are feasible"
         )
     return "\n".join([table(header, rows), "", *notes])
 
