@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     args.out.mkdir(parents=True, exist_ok=True)
     for name, results in machines.items():
-        for figure_name, figure in figures(results, taken_apart.get(name, [])):
+        for figure_name, figure in figures(results, taken_apart.get(name)):
             path = args.out / f"{name}-{figure_name}.png"
             FigureCanvasAgg(figure)
             figure.savefig(path, dpi=130)
@@ -74,14 +74,12 @@ def load(paths: Iterable[Path]) -> dict[str, list[Results]]:
     return machines
 
 
-def load_parts(paths: Iterable[Path]) -> dict[str, list[dict]]:
-    """The files of bench/kernels.py, by machine."""
-    machines = defaultdict(list)
-    for path in paths:
-        data = json.loads(path.read_text())
-        if any(isinstance(row, dict) and "sweep" in row for row in data.get("rows", [])):
-            machines[slug(data["environment"]["device"])].append(data)
-    return machines
+def load_parts(paths: Iterable[Path]) -> dict[str, dict]:
+    """Of each machine the newest file of bench/kernels.py."""
+    files = [json.loads(path.read_text()) for path in paths]
+    files = [data for data in files if any(isinstance(row, dict) and "sweep" in row for row in data.get("rows", []))]
+    files.sort(key=lambda data: data["environment"]["date"])
+    return {slug(data["environment"]["device"]): data for data in files}
 
 
 def slug(device: str) -> str:
@@ -89,7 +87,7 @@ def slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", device.split(",")[0].lower()).strip("-")
 
 
-def figures(files: list[Results], taken_apart: list[dict] = ()) -> Iterable[tuple[str, Figure]]:
+def figures(files: list[Results], taken_apart: dict | None = None) -> Iterable[tuple[str, Figure]]:
     rows = newest(files)
     for dtype in dict.fromkeys(row.dtype for row in rows):
         some = [row for row in rows if row.dtype == dtype and row.mode == "full"]
@@ -101,9 +99,8 @@ def figures(files: list[Results], taken_apart: list[dict] = ()) -> Iterable[tupl
             if several(some, "n", "d"):
                 yield f"{dtype}-widths", footed(widths(some), sources, some)
             yield f"{dtype}-roofline", footed(roofline(some, bandwidth), sources, some)
-        for data in taken_apart:
-            if kernels := [row for row in data["rows"] if row["dtype"] == dtype]:
-                yield f"{dtype}-kernels", footed(kernel_roofline(kernels, bandwidth), [Results(data["environment"])], [])
+        if taken_apart and (kernels := [row for row in taken_apart["rows"] if row["dtype"] == dtype]):
+            yield f"{dtype}-kernels", footed(kernel_roofline(kernels, bandwidth), [Results(taken_apart["environment"])], [])
 
 
 def newest(files: list[Results]) -> list[Row]:

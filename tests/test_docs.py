@@ -148,11 +148,15 @@ def test_the_table_of_a_gpu():
 def test_the_table_of_targets():
     rows = [r for name in ("bench-h200-peers.json", "bench-h200.json") for r in results(name)]
     found = {(r["loss"], r["n"], r["d"], r["provider"]): r for r in rows if r["status"] == "ok"}
-    ours, kernels = "flashcl-cuda", {"InfoNCE": "info_nce", "SigLIP": "siglip"}
-    seen = 0
-    for target, asked, reached, verdict in table(BENCHMARKS, "| target | asked"):
-        loss = next((v for k, v in kernels.items() if k in target), "nt_xent")
-        at = loss, 65_536, int(re.search(r"D = ([\d,]+)|$", target)[1].replace(",", "")) if "D = " in target else 0
+    ours, losses = "flashcl-cuda", {"InfoNCE": "info_nce", "SigLIP": "siglip", "NT-Xent": "nt_xent"}
+    (million,) = results("million-h200.json")
+    small = [r["ms"] for name in SMALL.values() for r in results(name)]
+    eager, graph, compiled = ([r[k] for r in small] for k in ("flashcl", "flashcl, graph", "dense, torch.compile"))
+    targets = table(BENCHMARKS, "| target | asked")
+    assert len(targets) == 16
+    for target, asked, reached, verdict in targets:
+        width = re.search(r"D = ([\d,]+)", target)
+        at = next((v for k, v in losses.items() if k in target), None), 65_536, width and int(width[1].replace(",", ""))
         if asked.endswith(" %"):
             r = found[(*at, "flashcl-triton" if "Triton" in target else ours)]
             assert shows(reached, 100 * r["tflops"] / r["matrix_tflops"])
@@ -165,28 +169,35 @@ def test_the_table_of_targets():
             met = faster >= wanted
             needed = 100 * wanted * peer["tflops"] / peer["matrix_tflops"]
             assert met or shows(re.search(r"would be (\d+) %", verdict)[1], needed)
-        elif loss == "nt_xent" and at[2] and "million" not in target:
+        elif "NT-Xent" in target:
             r = found[(*at, ours)]
             assert shows(reached, r["ms"]) and all(f"{r[k]:.2f}" in verdict for k in ("ms_20", "ms_80"))
             met = r["ms"] <= float(asked.split()[0])
         elif "million" in target:
-            (r,) = results("million-h200.json")
             what = "times_floor" if "floor" in asked else "peak_gb"
-            assert shows(reached, r[what]) and (what == "peak_gb" or f"{r['times_lasting_floor']:.2f} ×" in verdict)
-            met = r[what] <= float(asked.split()[0])
-        else:
-            continue
-        seen += 1
+            assert shows(reached, million[what]) and (what == "peak_gb" or f"{million['times_lasting_floor']:.2f} ×" in verdict)
+            met = million[what] <= float(asked.split()[0])
+        else:  # small batches
+            ends = min(graph), max(graph), min(compiled), max(compiled)
+            assert reached == "{:.1f} to {:.1f} ms for {:.1f} to {:.1f}".format(*ends)
+            assert f"({min(eager):.0f} to {max(eager):.0f} ms)" in verdict
+            met = all(a <= b for a, b in zip(graph, compiled))
         assert verdict.startswith("met" if met else "**missed**"), target
-    assert seen == 15
+
+    for cpu, name in (("Zen 5", "bench-cpu.json"), ("Zen 4", "bench-cpu-zen4.json")):
+        times = {(r["n"], r["provider"]): r["ms"] for r in results(name) if r["loss"] == "info_nce"}
+        ratios = [times[n, "flashcl-torch"] / times[n, "dense"] for n in (2048, 16_384)]
+        assert f"n {cpu} {ratios[0]:.2f} and {ratios[1]:.2f}" in BENCHMARKS.read_text()
+
+
+SMALL = {"c245df4": "small-h200.json", "c8d32a9": "small-h200-c8d32a9.json"}  # by commit
 
 
 def test_the_table_of_small_batches():
-    files = {"c245df4": "small-h200.json", "c8d32a9": "small-h200-c8d32a9.json"}
     rows = table(README, "| rows | flashcl | flashcl in a graph")
     assert len(rows) == 5
     for n, *cells, commit in rows:
-        (found,) = (r["ms"] for r in results(files[commit]) if r["n"] == int(n.replace(",", "")))
+        (found,) = (r["ms"] for r in results(SMALL[commit]) if r["n"] == int(n.replace(",", "")))
         values = [found[k] for k in ("flashcl", "flashcl, graph", "dense", "dense, torch.compile")]
         assert all(map(shows, cells, values)), (n, cells, values)
 

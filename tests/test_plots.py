@@ -70,7 +70,9 @@ def test_the_roofline_of_kernels(plots, tmp_path):
         assert at == pytest.approx([rate * us * 1e6 / moved[part]]) and rates == [rate]
     assert max(panel.lines[0].get_ydata()) == 0.5 and not curve(panel, "sweep, triton")[0]
     environment = {k: v for k, v in ENVIRONMENT.items() if k != "copy_gb_per_s"} | dict(commit="parts", date="then")
-    for name, data in (("k", dict(environment=environment, rows=[row])), ("other", dict(environment={}))):
+    files = dict(k=dict(environment=environment, rows=[row]), other=dict(environment={}))
+    files["before"] = dict(environment=environment | dict(date="before then", commit="old"), rows=[row])
+    for name, data in files.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(data))
     found = plots.load_parts(tmp_path.glob("*.json"))
     table = Results(ENVIRONMENT, [replace(ROWS[0], dtype="bfloat16")])

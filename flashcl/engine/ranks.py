@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashcl import checks
+
 with suppress(ImportError):  # which PyTorch may do one day: its functions warn that they are deprecated
     import torch.distributed.nn.functional  # noqa: F401
 
@@ -78,9 +80,8 @@ class Group:
     chunk_bytes: int = 32 * 2**20
 
     def __post_init__(self):
-        for name, allowed in (("strategy", STRATEGIES), ("convention", CONVENTIONS)):
-            if getattr(self, name) not in tuple(allowed):  # a list, say, is no key to look up
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {getattr(self, name)!r}")
+        checks.one_of("strategy", self.strategy, STRATEGIES)
+        checks.one_of("convention", self.convention, tuple(CONVENTIONS))
         if not isinstance(self.process_group, dist.ProcessGroup) and not torch.compiler.is_compiling():
             # Inside torch.compile a ProcessGroup is of another type, which one depends on the version.
             raise _no_group("process_group", self.process_group, "a torch.distributed ProcessGroup")
